@@ -1,0 +1,2 @@
+//! Stream sessions over ivshmem shared memory.
+#![forbid(unsafe_code)]

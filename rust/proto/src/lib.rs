@@ -1,0 +1,11 @@
+//! The memory and wire protocol of ivsmc, without IO, clock or unsafe code.
+//!
+//! `PROTOCOL.md` beside this crate is the normative description; each module implements one
+//! section of it over [`memory::Memory`], so that a mapping, a heap block and loom's model run
+//! the same code.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod memory;

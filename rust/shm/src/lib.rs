@@ -1,0 +1,1 @@
+//! Mappings, the copy function and the system calls of ivsmc.
