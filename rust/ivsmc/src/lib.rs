@@ -1,2 +1,30 @@
-//! Stream sessions over ivshmem shared memory.
+//! Stream sessions over ivshmem shared memory, set up as SMC-D is, with TCP fallback.
+//!
+//! A [`Session`] is made by [`connect`] or [`Listener::accept`]. It behaves as a TCP socket does;
+//! whether its bytes go through shared memory is decided at set-up and told by
+//! [`Session::fallback`].
 #![forbid(unsafe_code)]
+
+mod attachment;
+mod connect;
+mod device;
+mod devices;
+mod error;
+mod fallback;
+mod handshake;
+mod host;
+mod listen;
+mod reactor;
+mod readiness;
+mod runtime;
+pub mod server;
+mod session;
+mod wait;
+
+pub use connect::{connect, ConnectOptions, Require};
+pub use devices::{devices, open_device, Device, DeviceInfo};
+pub use error::{Error, Result};
+pub use fallback::{Fallback, Reason, Side};
+pub use host::{Deadline, Host, Plain, Timeout};
+pub use listen::{ListenOptions, Listener};
+pub use session::{RecvFlags, Session, Shutdown};

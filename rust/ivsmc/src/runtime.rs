@@ -1,0 +1,192 @@
+//! What a process has one of: background thread, device table, memory of missed intents.
+//!
+//! It lives while somebody holds a [`Lease`]; one second after the last one has gone the
+//! attachments leave their regions and the thread ends, so an idle process holds nothing.
+//! A forked child starts with a runtime of its own and never touches its parent's.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use ivsmc_proto::slot::SlotRef;
+use ivsmc_shm::{fork, thread};
+
+use crate::devices::DeviceTable;
+use crate::reactor::{lock, Need, Reactor};
+use crate::{Error, Result};
+
+/// How long an unused runtime stays, so that a client connecting in a loop attaches once.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// One cell for each fork generation: a child must not wait for a lock that a thread of its
+/// parent held. A chain of more forks than this, each child forking the next, is refused.
+static RUNTIMES: [OnceLock<Runtime>; 1024] = [const { OnceLock::new() }; 1024];
+
+/// Everything a process has one of.
+pub(crate) struct Runtime {
+    state: Mutex<State>,
+    devices: DeviceTable,
+    misses: Mutex<HashMap<(SocketAddr, SlotRef), Miss>>,
+}
+
+#[derive(Default)]
+struct State {
+    reactor: Option<Arc<Reactor>>,
+    leases: usize,
+    unused_since: Option<Instant>,
+}
+
+struct Miss {
+    in_a_row: u32,
+    last: Instant,
+}
+
+/// Two misses in a row are remembered this long (DESIGN, deadlines).
+const MISS_MEMORY: Duration = Duration::from_secs(10);
+
+impl Runtime {
+    /// The runtime of this process.
+    pub(crate) fn current() -> Result<&'static Runtime> {
+        fork::install()?;
+        let cell = RUNTIMES.get(fork::generation() as usize).ok_or_else(|| {
+            Error::ApiMisuse("too many nested forks; exec a fresh process instead".into())
+        })?;
+        Ok(cell.get_or_init(|| Runtime {
+            state: Mutex::default(),
+            devices: DeviceTable::new(),
+            misses: Mutex::default(),
+        }))
+    }
+
+    /// Keeps the background thread and the attachments while it lives.
+    pub(crate) fn lease(&'static self) -> Result<Lease> {
+        let mut state = lock(&self.state);
+        let reactor = match &state.reactor {
+            Some(reactor) => Arc::clone(reactor),
+            None => {
+                let reactor = Arc::new(Reactor::new()?);
+                let served = Arc::clone(&reactor);
+                thread::spawn("ivsmc", move || {
+                    served.run(|| self.need(&served));
+                })?;
+                state.reactor = Some(Arc::clone(&reactor));
+                reactor
+            }
+        };
+        state.leases += 1;
+        state.unused_since = None;
+        Ok(Lease { runtime: self, reactor, generation: fork::generation() })
+    }
+
+    pub(crate) fn devices(&self) -> &DeviceTable {
+        &self.devices
+    }
+
+    /// Leaves all regions and ends the background thread now, if nothing is open.
+    ///
+    /// Returns whether everything is released.
+    pub(crate) fn release_unused(&self) -> bool {
+        let mut state = lock(&self.state);
+        if state.leases > 0 {
+            return false;
+        }
+        self.devices.detach_all();
+        if let Some(reactor) = state.reactor.take() {
+            reactor.wake();
+        }
+        true
+    }
+
+    /// Asked by the background thread whenever it wakes.
+    fn need(&self, mine: &Arc<Reactor>) -> Need {
+        let mut state = lock(&self.state);
+        if !state.reactor.as_ref().is_some_and(|current| Arc::ptr_eq(current, mine)) {
+            return Need::Gone;
+        }
+        match state.unused_since {
+            None => Need::Open,
+            Some(since) if since.elapsed() < LINGER => Need::Until(since + LINGER),
+            Some(_) => {
+                self.devices.detach_all();
+                state.reactor = None;
+                Need::Gone
+            }
+        }
+    }
+
+    /// Whether connects to `address` at `listener` were missed twice in a row just now.
+    pub(crate) fn recently_missed(&self, address: SocketAddr, listener: SlotRef) -> bool {
+        lock(&self.misses)
+            .get(&(address, listener))
+            .is_some_and(|miss| miss.in_a_row >= 2 && miss.last.elapsed() < MISS_MEMORY)
+    }
+
+    /// Remembers how a connect with an intent ended.
+    pub(crate) fn note_match(&self, address: SocketAddr, listener: SlotRef, matched: bool) {
+        let mut misses = lock(&self.misses);
+        if matched {
+            if !misses.is_empty() {
+                misses.remove(&(address, listener));
+            }
+            return;
+        }
+        misses.retain(|_, miss| miss.last.elapsed() < MISS_MEMORY);
+        let miss = misses
+            .entry((address, listener))
+            .or_insert(Miss { in_a_row: 0, last: Instant::now() });
+        miss.in_a_row = miss.in_a_row.saturating_add(1);
+        miss.last = Instant::now();
+    }
+}
+
+/// A reason for the runtime to stay; held by every session, listener and device handle.
+pub(crate) struct Lease {
+    runtime: &'static Runtime,
+    reactor: Arc<Reactor>,
+    generation: u32,
+}
+
+impl Lease {
+    pub(crate) fn reactor(&self) -> &Arc<Reactor> {
+        &self.reactor
+    }
+
+    pub(crate) fn runtime(&self) -> &'static Runtime {
+        self.runtime
+    }
+}
+
+impl Clone for Lease {
+    fn clone(&self) -> Self {
+        if fork::is_current(self.generation) {
+            lock(&self.runtime.state).leases += 1;
+        }
+        Self {
+            runtime: self.runtime,
+            reactor: Arc::clone(&self.reactor),
+            generation: self.generation,
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if !fork::is_current(self.generation) {
+            return;
+        }
+        let now = Instant::now();
+        let last = {
+            let mut state = lock(&self.runtime.state);
+            state.leases -= 1;
+            if state.leases == 0 {
+                state.unused_since = Some(now);
+            }
+            state.leases == 0
+        };
+        // Outside the lock: the background thread takes the two in the other order.
+        if last {
+            self.reactor.linger(now + LINGER);
+        }
+    }
+}
