@@ -8,4 +8,8 @@
 
 extern crate alloc;
 
+pub mod control;
+#[cfg(any(test, feature = "heap"))]
+pub mod heap;
 pub mod memory;
+pub mod ring;
