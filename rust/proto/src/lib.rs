@@ -8,8 +8,11 @@
 
 extern crate alloc;
 
+pub mod clc;
 pub mod control;
+pub mod frame;
 #[cfg(any(test, feature = "heap"))]
 pub mod heap;
+pub mod ivshmem;
 pub mod memory;
 pub mod ring;
