@@ -1,0 +1,66 @@
+//! Open file description locks on single bytes: proof that a process lives.
+//!
+//! Such a lock belongs to the open file, not to the process: it is held as long as a descriptor of
+//! that open file or a mapping made from it exists anywhere, and the kernel releases it when the
+//! last one is gone, however the process ended. Closing another descriptor of the same file does
+//! not release it (as it would with POSIX locks).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use crate::call;
+
+/// Tries to take the exclusive lock on the byte at `offset`; false if another open file has it.
+///
+/// # Errors
+/// Those of `fcntl`, for instance `EBADF` for a descriptor that is not writable.
+pub fn try_lock_byte(fd: impl AsFd, offset: u64) -> io::Result<bool> {
+    match request(&fd, libc::F_OFD_SETLK, libc::F_WRLCK, offset) {
+        Ok(_) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Releases the lock on the byte at `offset`, if this open file has it.
+///
+/// It releases it for everybody who shares the open file, forked parents included.
+///
+/// # Errors
+/// Those of `fcntl`.
+pub fn unlock_byte(fd: impl AsFd, offset: u64) -> io::Result<()> {
+    request(&fd, libc::F_OFD_SETLK, libc::F_UNLCK, offset).map(drop)
+}
+
+/// Whether another open file holds the lock on the byte at `offset`.
+///
+/// # Errors
+/// Those of `fcntl`.
+pub fn is_locked_by_other(fd: impl AsFd, offset: u64) -> io::Result<bool> {
+    let found = request(&fd, libc::F_OFD_GETLK, libc::F_WRLCK, offset)?;
+    Ok(i32::from(found) != libc::F_UNLCK)
+}
+
+/// One lock call about one byte; returns the lock type the kernel left in the structure.
+fn request(
+    fd: &impl AsFd,
+    command: libc::c_int,
+    kind: libc::c_int,
+    offset: u64,
+) -> io::Result<i16> {
+    // The constants are 0 to 2 and SEEK_SET is 0.
+    #[allow(clippy::cast_possible_truncation)]
+    let mut lock = libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: call::file_offset(offset)?,
+        l_len: 1,
+        l_pid: 0,
+    };
+    // SAFETY: the OFD commands need an open descriptor and a pointer to an initialised `flock` with
+    // `l_pid` 0, which they may write during the call: `lock` is one, exclusively borrowed.
+    call::check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), command, &raw mut lock) })?;
+    Ok(lock.l_type)
+}

@@ -1,0 +1,296 @@
+//! A region of shared memory mapped into this process.
+//!
+//! The law: no reference or slice points into the mapping. Words are touched by aligned
+//! atomics, bytes by the one function of `copy.rs`, both after a bounds check. So whatever the
+//! other processes store, at any time, it is only ever a value.
+//!
+//! One thing a mapping cannot defend against: a file that somebody truncates under it raises
+//! SIGBUS. Sealed memfds cannot be truncated; for other files the directory's permissions decide
+//! who could.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{fence, AtomicU64, Ordering};
+
+use ivsmc_proto::memory::Memory;
+
+use crate::copy;
+use crate::fd::Fd;
+use crate::file::{self, FileIdentity};
+use crate::fork::{self, MappingEntry};
+
+/// A shared mapping of a file, with the descriptor it was made from.
+///
+/// In a forked child it becomes private zero pages, which are as valid as the shared ones.
+#[derive(Debug)]
+pub struct Mapping {
+    /// Start of `len` readable and writable bytes, page-aligned, until drop.
+    base: NonNull<u8>,
+    /// Bytes, 1..=isize::MAX.
+    len: u64,
+    /// Whole words: `len / 8`.
+    words: u64,
+    identity: FileIdentity,
+    entry: MappingEntry,
+    generation: u32,
+    /// An open file description lock taken through it lives as long as it or the mapping.
+    fd: Fd,
+}
+
+// SAFETY: Send and Sync need that any thread may use and drop it: the pages belong to the process,
+// every access through `&self` is an aligned atomic or the opaque copy, both made for races, and the
+// remaining fields are Send and Sync.
+unsafe impl Send for Mapping {}
+// SAFETY: as for Send.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the first `size` bytes of `fd`, shared, readable and writable.
+    ///
+    /// # Errors
+    /// `InvalidInput` if `size` is 0 or a regular file is shorter, else those of `mmap`.
+    pub fn map(fd: Fd, size: u64) -> io::Result<Mapping> {
+        let status = file::status(&fd)?;
+        if size == 0 || (status.is_regular() && status.size < size) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("cannot map {size} bytes of a file of {}", status.size),
+            ));
+        }
+        let length = usize::try_from(size)
+            .ok()
+            .filter(|length| isize::try_from(*length).is_ok())
+            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        // First pages that reach nobody, then the note for the fork handler, then the file over
+        // them: a fork at any moment leaves the child without the shared pages.
+        let base = anonymous(std::ptr::null_mut(), length, 0)?;
+        let unmap = |error| {
+            // SAFETY: munmap needs pages nobody uses: they were mapped above and never lent.
+            unsafe { libc::munmap(base.as_ptr().cast(), length) };
+            Err(error)
+        };
+        // SAFETY: the pages belong to this function, then to the value it returns, which
+        // unregisters them before it gives them up.
+        let entry = match unsafe { fork::register_mapping(base.addr().get(), length) } {
+            Ok(entry) => entry,
+            Err(error) => return unmap(error),
+        };
+        // SAFETY: mmap with MAP_FIXED needs a range whose content nobody needs: it was mapped
+        // above for this purpose. The descriptor is open; the result is checked.
+        let mapped = unsafe {
+            libc::mmap(
+                base.as_ptr().cast(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            fork::unregister_mapping(&entry);
+            return unmap(error);
+        }
+        Ok(Mapping {
+            base,
+            len: size,
+            words: size / 8,
+            identity: status.identity,
+            entry,
+            generation: fork::generation(),
+            fd,
+        })
+    }
+
+    /// Which file is mapped, as it was when it was mapped.
+    #[must_use]
+    pub fn file_identity(&self) -> FileIdentity {
+        self.identity
+    }
+
+    /// The descriptor the mapping was made from.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Whether it was mapped in this process, and not in one that this process was forked from.
+    #[inline]
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        fork::is_current(self.generation)
+    }
+
+    /// Reserves memory for `range`, so that stores there cannot raise SIGBUS for want of space.
+    ///
+    /// # Errors
+    /// `StorageFull` if there is no room (fall back), `InvalidInput` for a range outside.
+    pub fn reserve(&self, range: Range<u64>) -> io::Result<()> {
+        self.judge(&range)?;
+        file::allocate(&self.fd, range)
+    }
+
+    /// Gives the memory of `range` back; it reads as zeros from now on.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a range outside, else those of `fallocate`.
+    pub fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        self.judge(&range)?;
+        file::punch_hole(&self.fd, range)
+    }
+
+    fn judge(&self, range: &Range<u64>) -> io::Result<()> {
+        if range.start < range.end && range.end <= self.len {
+            Ok(())
+        } else {
+            Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "range {range:?} is not inside a mapping of {} bytes",
+                    self.len
+                ),
+            ))
+        }
+    }
+
+    /// The word at `at`, for the length of one operation.
+    #[inline]
+    fn word(&self, at: u64) -> &AtomicU64 {
+        // Rotating by 3 divides an aligned offset by 8 and makes any other one huge: both checks
+        // are one comparison.
+        if at.rotate_right(3) >= self.words {
+            bad_word(at, self.len);
+        }
+        // SAFETY: `add` needs an offset inside the mapping: `at + 8 <= len <= isize::MAX`, judged
+        // above, and `usize` has 64 bits. `from_ptr` needs an aligned pointer (the base is
+        // page-aligned, `at` a multiple of 8), valid for reads and writes while borrowed (the
+        // pages stay mapped while `self` lives), and no other than atomic accesses to it at the
+        // same time: Rust code has none, other processes and the opaque copy act on the machine,
+        // where an aligned 64-bit access is whole. AtomicU64 is an UnsafeCell, so the reference
+        // lets the compiler assume nothing about the value; it does not outlive the operation.
+        #[allow(clippy::cast_possible_truncation)] // u64 to usize on 64 bits
+        unsafe {
+            AtomicU64::from_ptr(self.base.as_ptr().add(at as usize).cast())
+        }
+    }
+
+    /// The start of `at..at + length`.
+    #[inline]
+    fn bytes(&self, at: u64, length: usize) -> *mut u8 {
+        if at > self.len || length as u64 > self.len - at {
+            bad_bytes(at, length, self.len);
+        }
+        // SAFETY: `add` needs an offset inside the mapping or at its end: judged above.
+        #[allow(clippy::cast_possible_truncation)] // u64 to usize on 64 bits
+        unsafe {
+            self.base.as_ptr().add(at as usize)
+        }
+    }
+}
+
+impl Memory for Mapping {
+    #[inline]
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    #[inline]
+    fn load(&self, at: u64, order: Ordering) -> u64 {
+        self.word(at).load(order)
+    }
+
+    #[inline]
+    fn store(&self, at: u64, value: u64, order: Ordering) {
+        self.word(at).store(value, order);
+    }
+
+    #[inline]
+    fn swap(&self, at: u64, value: u64) -> u64 {
+        self.word(at).swap(value, Ordering::AcqRel)
+    }
+
+    #[inline]
+    fn compare_exchange(&self, at: u64, current: u64, new: u64) -> Result<u64, u64> {
+        self.word(at)
+            .compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+    }
+
+    #[inline]
+    fn fetch_or(&self, at: u64, bits: u64) -> u64 {
+        self.word(at).fetch_or(bits, Ordering::AcqRel)
+    }
+
+    #[inline]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
+    }
+
+    #[inline]
+    fn write(&self, at: u64, from: &[u8]) {
+        let to = self.bytes(at, from.len());
+        // SAFETY: `copy` needs `from` readable (a slice), `to` writable for as many bytes (judged
+        // by `bytes`), without overlap (no slice points into the mapping), and the shared side
+        // touched only by it and by atomics (the law of this module).
+        unsafe { copy::copy(from.as_ptr(), to, from.len()) };
+    }
+
+    #[inline]
+    fn read(&self, at: u64, into: &mut [MaybeUninit<u8>]) {
+        let from = self.bytes(at, into.len());
+        // SAFETY: as in `write`, with the roles changed; `into` is exclusively borrowed.
+        unsafe { copy::copy(from, into.as_mut_ptr().cast(), into.len()) };
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // Not truncated: `map` made it from a usize.
+        #[allow(clippy::cast_possible_truncation)]
+        let length = self.len as usize;
+        if self.is_current() {
+            // The reverse of `map`: leave the shared pages, take the note back while the range is
+            // still ours, give it up. If the first step has no memory, the last one still does it.
+            let _ = anonymous(self.base.as_ptr(), length, libc::MAP_FIXED);
+            fork::unregister_mapping(&self.entry);
+        }
+        // SAFETY: munmap needs pages nobody uses afterwards: `self` owned the range, shared or, in
+        // a forked child, as the private pages put there, and lent nothing that outlives it.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), length) };
+    }
+}
+
+/// Inaccessible private pages: `length` of them anywhere, or over `at` with MAP_FIXED.
+fn anonymous(at: *mut u8, length: usize, fixed: libc::c_int) -> io::Result<NonNull<u8>> {
+    // SAFETY: mmap without MAP_FIXED touches no existing mapping; with it, the callers own the
+    // range and need its content no longer.
+    let base = unsafe {
+        libc::mmap(
+            at.cast(),
+            length,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | fixed,
+            -1,
+            0,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap returned address 0"))
+}
+
+#[cold]
+#[inline(never)]
+fn bad_word(at: u64, len: u64) -> ! {
+    panic!("word at {at} is outside a mapping of {len} bytes or not 8-aligned");
+}
+
+#[cold]
+#[inline(never)]
+fn bad_bytes(at: u64, length: usize, len: u64) -> ! {
+    panic!("{length} bytes at {at} are outside a mapping of {len} bytes");
+}

@@ -1,0 +1,23 @@
+//! Sockets, over [`std::net::SocketAddr`]: each function is one system call.
+//!
+//! Sending never raises SIGPIPE (`MSG_NOSIGNAL` always). Sockets are made in blocking mode; calls
+//! that must not wait are given [`MSG_DONTWAIT`].
+
+mod address;
+mod interfaces;
+mod options;
+mod tcp;
+mod transfer;
+mod unix;
+
+pub use interfaces::{address_watch, drain_address_watch, interface_addresses, source_address};
+pub use options::*;
+pub use tcp::{accept, bind, connect, listen, local_addr, peer_addr, shutdown, tcp_socket, Family};
+pub use transfer::{
+    recv, recv_bytes, recv_vectored, send, send_vectored, MSG_DONTWAIT, MSG_OOB, MSG_PEEK,
+    MSG_TRUNC, MSG_WAITALL,
+};
+pub use unix::{
+    peer_credentials, recv_with_fd, send_with_fd, socketpair_stream, unix_accept, unix_connect,
+    unix_listen, Credentials,
+};

@@ -1,0 +1,78 @@
+//! Threads that take no signals, and how many processors there are to run on.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::thread::{Builder, JoinHandle};
+
+use crate::call;
+
+/// Starts a thread named `name` with all signals blocked, so that signals meant for the
+/// application are handled on the application's threads.
+///
+/// # Errors
+/// Those of starting a thread.
+pub fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    // A thread starts with its creator's mask: so it is the creator that blocks, for the moment.
+    let _blocked = AllBlocked::new()?;
+    Builder::new().name(name.to_owned()).spawn(run)
+}
+
+/// All signals are blocked on this thread while it lives.
+struct AllBlocked {
+    before: libc::sigset_t,
+    /// The mask belongs to the thread that made it.
+    _here: std::marker::PhantomData<*const ()>,
+}
+
+impl AllBlocked {
+    fn new() -> io::Result<AllBlocked> {
+        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+        let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: sigfillset initialises the set it is given; pthread_sigmask reads that set and,
+        // when it succeeds (returns 0), initialises the old one. All are locals.
+        let failed = unsafe {
+            libc::sigfillset(all.as_mut_ptr());
+            libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr())
+        };
+        if failed != 0 {
+            return Err(io::Error::from_raw_os_error(failed));
+        }
+        Ok(AllBlocked {
+            // SAFETY: initialised by the call above, which succeeded.
+            before: unsafe { before.assume_init() },
+            _here: std::marker::PhantomData,
+        })
+    }
+}
+
+impl Drop for AllBlocked {
+    fn drop(&mut self) {
+        // SAFETY: pthread_sigmask reads the initialised set; a null old set is allowed.
+        unsafe {
+            libc::pthread_sigmask(
+                libc::SIG_SETMASK,
+                &raw const self.before,
+                std::ptr::null_mut(),
+            );
+        }
+    }
+}
+
+/// How many processors this thread may run on: at least 1.
+#[must_use]
+pub fn available_cpus() -> usize {
+    /// Bits for 16,384 processors, more than any kernel is built for.
+    const WORDS: usize = 256;
+    let mut mask = [0_u64; WORDS];
+    // SAFETY: sched_getaffinity writes at most the given size into the mask, a local array.
+    let returned =
+        unsafe { libc::sched_getaffinity(0, size_of_val(&mask), mask.as_mut_ptr().cast()) };
+    if call::check(returned).is_err() {
+        return 1;
+    }
+    let set: u32 = mask.iter().map(|word| word.count_ones()).sum();
+    (set as usize).max(1)
+}
