@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use ivsmc_shm::poll::{self, Epoll, EventFd};
+use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
 
 use crate::Result;
 
@@ -117,12 +117,13 @@ impl Reactor {
 
     /// Makes the background thread look at its timers and at whether it is still needed.
     pub(crate) fn wake(&self) {
-        self.wake.notify();
+        // Refused only when 2^64 - 1 notifications are pending.
+        let _ = self.wake.notify();
     }
 
     /// Serves until `need` says [`Need::Gone`].
     pub(crate) fn run(&self, need: impl Fn() -> Need) {
-        let mut events = Vec::new();
+        let mut events = [EpollEvent::default(); 64];
         loop {
             {
                 let mut linger = lock(&self.linger);
@@ -135,17 +136,16 @@ impl Reactor {
             let timeout =
                 self.next_look().map(|when| when.saturating_duration_since(Instant::now()));
             // An interrupted or failed wait only means to look again; signals are blocked here.
-            if self.epoll.wait(&mut events, timeout).is_err() {
-                continue;
-            }
-            for event in events.drain(..) {
-                if event.key == WAKE {
-                    self.wake.drain();
+            let Ok(count) = self.epoll.wait(&mut events, timeout) else { continue };
+            for event in &events[..count] {
+                if event.key() == WAKE {
+                    // Only a full counter fails, and that is not empty either.
+                    let _ = self.wake.drain();
                     continue;
                 }
-                let source = lock(&self.sources).get(&Key(event.key)).cloned();
+                let source = lock(&self.sources).get(&Key(event.key())).cloned();
                 if let Some(source) = source {
-                    source.ready(event.events);
+                    source.ready(event.events());
                 }
             }
             self.expire();

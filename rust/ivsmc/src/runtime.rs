@@ -48,7 +48,7 @@ const MISS_MEMORY: Duration = Duration::from_secs(10);
 impl Runtime {
     /// The runtime of this process.
     pub(crate) fn current() -> Result<&'static Runtime> {
-        fork::install()?;
+        fork::install();
         let cell = RUNTIMES.get(fork::generation() as usize).ok_or_else(|| {
             Error::ApiMisuse("too many nested forks; exec a fresh process instead".into())
         })?;

@@ -1,7 +1,31 @@
-//! The native module of the Python package.
+//! The native module `ivsmc._native`: the runtime's classes for Python, without logic of their own.
+//!
+//! Waiting and long copies run without the GIL, everything else with it. The only `unsafe` is
+//! where Python lends and takes memory (`memory`).
+
 use pyo3::prelude::*;
 
-#[pymodule]
-fn _native(_m: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
+mod acceptor;
+mod address;
+mod connect;
+mod device;
+mod errors;
+mod gil;
+mod memory;
+mod server;
+mod stream;
+
+/// The classes and functions of the module, all in one place.
+#[pymodule(gil_used = true)]
+mod _native {
+    #[pymodule_export]
+    use crate::acceptor::Acceptor;
+    #[pymodule_export]
+    use crate::connect::connect;
+    #[pymodule_export]
+    use crate::device::{devices, open_device, shutdown, Device};
+    #[pymodule_export]
+    use crate::server::Server;
+    #[pymodule_export]
+    use crate::stream::{Fallback, Handle, Stream};
 }

@@ -1,0 +1,223 @@
+//! One sleeper per descriptor: leader and followers.
+//!
+//! The peer wakes a session by one byte on its TCP connection. Of the threads that wait on a
+//! session one leads and sleeps on the connection; the others sleep on a process-private futex.
+//! Two threads asleep on one TCP connection lose nearly every second wake-up (measured), so the
+//! leader drains the bytes for all: it ends its turn, and each follower looks at its own
+//! condition again, one of them leading next. No thread stands in between.
+//!
+//! ```text
+//!   turn := load            \
+//!   ready()?  (arms flag)    |  leader ends: leading := 0, turn += 1, wake followers
+//!   lead? poll the TCP       |  so a follower that saw the old turn never sleeps past it
+//!   else futex_wait(turn)   /
+//! ```
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ivsmc_proto::frame::FrameDecoder;
+use ivsmc_shm::fd::Fd;
+use ivsmc_shm::net::{self, MSG_DONTWAIT};
+use ivsmc_shm::poll::{self, EventFd, PollFd};
+use ivsmc_shm::{fork, futex, mem};
+
+use crate::host::Deadline;
+use crate::reactor::lock;
+use crate::{Error, Result};
+
+/// Most reads of one drain: a peer that floods the connection costs bounded time per turn.
+const READS_PER_DRAIN: usize = 16;
+
+thread_local! {
+    /// What other threads of this process wake this thread with while it leads; made on its
+    /// first sleep, anew in a forked child.
+    static BELL: RefCell<Option<(u32, Arc<EventFd>)>> = const { RefCell::new(None) };
+}
+
+fn own_bell() -> Result<Arc<EventFd>> {
+    BELL.with_borrow_mut(|slot| {
+        if let Some((generation, bell)) = slot {
+            if fork::is_current(*generation) {
+                return Ok(Arc::clone(bell));
+            }
+        }
+        let bell = Arc::new(EventFd::new()?);
+        *slot = Some((fork::generation(), Arc::clone(&bell)));
+        Ok(bell)
+    })
+}
+
+/// The waiting of one session.
+#[derive(Default)]
+pub(crate) struct Sleeper {
+    /// A thread is asleep on the connection, or drains it.
+    leading: AtomicBool,
+    /// The background thread found bytes while somebody led.
+    missed: AtomicBool,
+    /// Counts the ends of turns; followers sleep on it.
+    turn: AtomicU32,
+    followers: AtomicU32,
+    frames: Mutex<FrameDecoder>,
+    /// Wakes the thread that sleeps on the connection, from within this process.
+    bell: Mutex<Option<Arc<EventFd>>>,
+}
+
+/// What a drain found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drained {
+    /// The connection goes on.
+    Open,
+    /// End of stream, reset or another error: the connection is over.
+    Ended,
+}
+
+impl Sleeper {
+    /// Sleeps until `ready`, which sets the wait flag and looks again before it says no.
+    ///
+    /// `ended` is told once a drain finds the connection over; `ready` must say yes from then on.
+    ///
+    /// # Errors
+    /// `TimedOut` at the deadline, `Interrupted` by a signal, or what `ready` reports.
+    pub(crate) fn sleep(
+        &self,
+        conn: &Fd,
+        deadline: Deadline,
+        mut ready: impl FnMut() -> Result<bool>,
+        mut drained: impl FnMut(Drained),
+    ) -> Result<()> {
+        loop {
+            // SeqCst: pairs with `end_turn`, so that a turn ended after this load is noticed.
+            let turn = self.turn.load(Ordering::SeqCst);
+            if ready()? {
+                return Ok(());
+            }
+            let left = deadline.left()?;
+            if !self.lead() {
+                self.followers.fetch_add(1, Ordering::SeqCst);
+                let slept = futex::wait(&self.turn, turn, left);
+                self.followers.fetch_sub(1, Ordering::SeqCst);
+                match slept {
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
+                        return Err(Error::Interrupted)
+                    }
+                    _ => continue,
+                }
+            }
+            // A turn that ended between `ready` and `lead` may have drained our byte.
+            if self.turn.load(Ordering::SeqCst) != turn {
+                self.end_turn(conn, &mut drained);
+                continue;
+            }
+            let polled = self.poll(conn, left, turn);
+            match polled {
+                Ok(false) => {}
+                Ok(true) => drained(self.drain(conn)),
+                Err(error) => {
+                    self.end_turn(conn, &mut drained);
+                    return Err(error);
+                }
+            }
+            self.end_turn(conn, &mut drained);
+        }
+    }
+
+    /// Drains in the name of the background thread: at once, or through whoever leads now.
+    pub(crate) fn drain_in_background(&self, conn: &Fd, mut drained: impl FnMut(Drained)) {
+        // SeqCst pairs with `end_turn`: either the leader sees `missed`, or we see it gone.
+        self.missed.store(true, Ordering::SeqCst);
+        if self.lead() {
+            self.end_turn(conn, &mut drained);
+        }
+    }
+
+    /// Sleeps on the connection as the leader; returns whether it has something.
+    fn poll(&self, conn: &Fd, left: Option<Duration>, turn: u32) -> Result<bool> {
+        let bell = own_bell()?;
+        *lock(&self.bell) = Some(Arc::clone(&bell));
+        // `wake_all` ends the turn, then looks for the bell; we set the bell, then look at the
+        // turn. (The locks of `bell` order the two.)
+        let polled = if self.turn.load(Ordering::SeqCst) == turn {
+            let mut fds =
+                [PollFd::new(conn, poll::IN | poll::RDHUP), PollFd::new(&*bell, poll::IN)];
+            poll::poll(&mut fds, left).map(|_| (fds[0].revents() != 0, fds[1].revents() != 0))
+        } else {
+            Ok((false, false))
+        };
+        *lock(&self.bell) = None;
+        match polled {
+            Ok((something, rung)) => {
+                if rung {
+                    bell.drain()?;
+                }
+                Ok(something)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
+                Err(Error::Interrupted)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Makes every thread inside look at its condition again.
+    pub(crate) fn wake_all(&self) {
+        self.wake_followers();
+        if let Some(bell) = lock(&self.bell).as_ref() {
+            // An eventfd refuses only when 2^64 - 1 notifications are pending.
+            let _ = bell.notify();
+        }
+    }
+
+    fn wake_followers(&self) {
+        self.turn.fetch_add(1, Ordering::SeqCst);
+        if self.followers.load(Ordering::SeqCst) > 0 {
+            futex::wake(&self.turn, u32::MAX);
+        }
+    }
+
+    fn lead(&self) -> bool {
+        self.leading
+            .compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
+
+    fn end_turn(&self, conn: &Fd, drained: &mut impl FnMut(Drained)) {
+        loop {
+            if self.missed.swap(false, Ordering::SeqCst) {
+                drained(self.drain(conn));
+            }
+            self.leading.store(false, Ordering::SeqCst);
+            self.wake_followers();
+            if !self.missed.load(Ordering::SeqCst) || !self.lead() {
+                return;
+            }
+        }
+    }
+
+    fn drain(&self, conn: &Fd) -> Drained {
+        let mut frames = lock(&self.frames);
+        let mut buffer = [0; 64];
+        for _ in 0..READS_PER_DRAIN {
+            match mem::with_uninit(&mut buffer, |into| net::recv(conn, into, MSG_DONTWAIT)) {
+                Ok(0) => return Drained::Ended,
+                Ok(n) => {
+                    frames.push(&buffer[..n]);
+                    if n < buffer.len() {
+                        return Drained::Open;
+                    }
+                }
+                Err(error) => {
+                    return match error.kind() {
+                        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted => {
+                            Drained::Open
+                        }
+                        _ => Drained::Ended,
+                    }
+                }
+            }
+        }
+        Drained::Open
+    }
+}

@@ -1,0 +1,48 @@
+//! `connect`: one numeric address.
+
+use ivsmc::{ConnectOptions, Require};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::address;
+use crate::gil::{timeout, Gil};
+use crate::stream::Handle;
+
+/// Connects to one numeric address: TCP, then the handshake, or plain TCP.
+#[pyfunction]
+#[pyo3(signature = (family, address, timeout, source, device, require, buffer))]
+#[allow(clippy::too_many_arguments, reason = "the private function behind a keyword API")]
+pub(crate) fn connect(
+    py: Python<'_>,
+    family: i32,
+    address: &Bound<'_, PyTuple>,
+    timeout: Option<f64>,
+    source: Option<&Bound<'_, PyTuple>>,
+    device: Option<String>,
+    require: Option<&str>,
+    buffer: Option<u32>,
+) -> PyResult<Handle> {
+    let address = address::from_tuple(family, address)?;
+    let options = ConnectOptions {
+        timeout: self::timeout(timeout)?,
+        source: source.map(|source| address::from_tuple(family, source)).transpose()?,
+        device,
+        require: self::require(require)?,
+        buffer,
+    };
+    let gil = Gil::new(py);
+    let session = ivsmc::connect(address, &options, &gil).map_err(|error| gil.raise(error))?;
+    Ok(Handle::new(session))
+}
+
+/// `None`, or `"smc"` for no fallback.
+pub(crate) fn require(require: Option<&str>) -> PyResult<Require> {
+    match require {
+        None => Ok(Require::Any),
+        Some("smc") => Ok(Require::Smc),
+        Some(other) => Err(PyValueError::new_err(format!(
+            "require must be None or \"smc\", not {other:?}"
+        ))),
+    }
+}
