@@ -26,7 +26,8 @@
 //! at the wait word, take it. `true` means: notify the peer. One of the two fences comes first;
 //! if it is the sleeper's, the other end sees the wait word, else the sleeper sees what was done.
 //! An end that leaves without having been woken (time-out, signal) calls `clear_wait`. A wake-up
-//! may be spurious; whoever wakes looks again.
+//! may be spurious; whoever wakes looks again. Both ends change a wait word only by swap, so its
+//! changes have one order and each takes over from the one before.
 //!
 //! **How much is worth a wake-up.** A writer waiting for room is woken when what it needs *and* a
 //! quarter of the ring is free ([`Producer::want_room`]). With a full ring and a reader taking

@@ -196,8 +196,7 @@ impl Consumer {
         if self.available(m)? >= least {
             return Ok(true);
         }
-        // Relaxed: the fence orders it.
-        m.store(self.place.control + READER_WAIT, 1, Ordering::Relaxed);
+        m.swap(self.place.control + READER_WAIT, 1);
         // Pairs with the fence in `Producer::take_reader_wait`: between the wait word and the
         // second look.
         m.fence();
@@ -213,8 +212,7 @@ impl Consumer {
     /// may be on its way all the same.
     #[inline]
     pub fn clear_wait<M: Memory>(&self, m: &M) {
-        // Relaxed: the writer's swap finds zero or what was there; both are right.
-        m.store(self.place.control + READER_WAIT, 0, Ordering::Relaxed);
+        m.swap(self.place.control + READER_WAIT, 0);
     }
 
     /// Adds end flags; then the caller looks at [`Consumer::take_writer_wait`]. Works on a

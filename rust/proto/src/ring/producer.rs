@@ -147,12 +147,7 @@ impl Producer {
         // comes early does no harm).
         let useful = least.max(self.place.capacity / 4);
         let threshold = self.produced.wrapping_sub(self.place.capacity - useful);
-        // Relaxed: the fence orders it.
-        m.store(
-            self.place.control + WRITER_WAIT,
-            threshold.max(1),
-            Ordering::Relaxed,
-        );
+        m.swap(self.place.control + WRITER_WAIT, threshold.max(1));
         // Pairs with the fence in `Consumer::take_writer_wait`: between the wait word and the
         // second look.
         m.fence();
@@ -167,8 +162,7 @@ impl Producer {
     /// may be on its way all the same.
     #[inline]
     pub fn clear_wait<M: Memory>(&self, m: &M) {
-        // Relaxed: the reader's swap finds zero or what was there; both are right.
-        m.store(self.place.control + WRITER_WAIT, 0, Ordering::Relaxed);
+        m.swap(self.place.control + WRITER_WAIT, 0);
     }
 
     /// Adds end flags, after all bytes that belong before them; then the caller looks at
