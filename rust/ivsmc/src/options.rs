@@ -79,9 +79,9 @@ impl Options {
     pub(crate) fn set(&self, conn: &Fd, level: i32, name: i32, value: &[u8]) -> Result<()> {
         let mut hidden = lock(&self.hidden);
         if let Some(entry) = hidden.iter_mut().find(|(l, n, _)| (*l, *n) == (level, name)) {
-            let bytes = value.first_chunk().ok_or_else(|| {
-                crate::Error::Os(std::io::Error::from_raw_os_error(22))
-            })?;
+            let bytes = value
+                .first_chunk()
+                .ok_or_else(|| crate::Error::Os(std::io::Error::from_raw_os_error(22)))?;
             let value = i32::from_ne_bytes(*bytes);
             let flag = matches!(name, SO_KEEPALIVE) || (level, name) == (IPPROTO_TCP, TCP_NODELAY);
             entry.2 = if flag { i32::from(value != 0) } else { value };

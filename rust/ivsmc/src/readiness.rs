@@ -7,10 +7,11 @@
 //! as the session's error.
 
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 
 use ivsmc_shm::fd::Fd;
-use ivsmc_shm::net::{self, Shutdown, MSG_DONTWAIT};
+use ivsmc_shm::net::{self, MSG_DONTWAIT};
 
 use crate::Result;
 

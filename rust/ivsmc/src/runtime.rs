@@ -132,9 +132,8 @@ impl Runtime {
             return;
         }
         misses.retain(|_, miss| miss.last.elapsed() < MISS_MEMORY);
-        let miss = misses
-            .entry((address, listener))
-            .or_insert(Miss { in_a_row: 0, last: Instant::now() });
+        let miss =
+            misses.entry((address, listener)).or_insert(Miss { in_a_row: 0, last: Instant::now() });
         miss.in_a_row = miss.in_a_row.saturating_add(1);
         miss.last = Instant::now();
     }

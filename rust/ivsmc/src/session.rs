@@ -7,38 +7,31 @@
 //! One sender and one receiver run in parallel: each direction has a lock of its own, held for
 //! the copy and never while waiting.
 
+mod smc;
+mod tcp;
+
+use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
-use ivsmc_proto::control::{
-    DONE_WRITING, READER_ABORTED, READER_CLOSED, WRITER_ABORTED, WRITER_CLOSED,
-};
-use ivsmc_proto::ring::{Consumer, Producer};
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
-use ivsmc_shm::mapping::Mapping;
-use ivsmc_shm::net::{self, MSG_DONTWAIT};
-use ivsmc_shm::{fork, poll};
+use ivsmc_shm::{fork, net, poll};
 
+use self::smc::{misbehaved, Direction, Incoming, Link, Watched};
 use crate::attachment::{Attachment, OwnDmb, PeerDmb};
 use crate::fallback::Fallback;
 use crate::host::{Deadline, Host, Timeout};
 use crate::options::Options;
-use crate::reactor::{lock, Key, Source};
+use crate::reactor::lock;
 use crate::readiness::Readiness;
 use crate::runtime::Lease;
-use crate::spin;
-use crate::wait::{Drained, Sleeper};
 use crate::{Error, Result};
 
-pub use ivsmc_shm::net::Shutdown;
-
-/// Bytes copied between two looks at the other side: it starts on the first part of a large
-/// message while the rest is copied (measured: up to 15 % for 64 KiB messages).
-const PART: usize = 16 << 10;
+pub use std::net::Shutdown;
 
 /// Copies longer than this run without the host's lock (the GIL): dropping it costs more than
 /// shorter copies do (`facts`: 256 KiB held 4.8 us, dropped up to 1,283 us under a busy thread).
@@ -84,52 +77,6 @@ struct Inner {
 enum Path {
     Tcp(Fallback),
     Smc(Box<Link>),
-}
-
-/// The shared-memory part of a session.
-struct Link {
-    attachment: Arc<Attachment>,
-    peer: SlotRef,
-    tx: Mutex<Option<Tx>>,
-    rx: Mutex<Option<Rx>>,
-    sleeper: Sleeper,
-    /// `ECONNRESET` was reported; like TCP, once.
-    reset_told: AtomicBool,
-    /// A readiness descriptor exists.
-    armed: AtomicBool,
-    readiness: Mutex<Option<Readiness>>,
-    key: OnceLock<Key>,
-    wakes_sent: AtomicU64,
-    wakes_received: AtomicU64,
-    sleeps: AtomicU64,
-    traffic: Mutex<(u64, u64)>,
-}
-
-struct Tx {
-    ring: Producer,
-    sent: u64,
-    _dmb: PeerDmb,
-}
-
-struct Rx {
-    ring: Consumer,
-    received: u64,
-    size: u64,
-    _dmb: OwnDmb,
-}
-
-/// Which condition a thread waits for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
-    Send { bytes: u64 },
-    Receive,
-}
-
-/// What receiving can find.
-enum Incoming {
-    Data,
-    End,
-    Nothing,
 }
 
 /// Counters of one session.
@@ -183,26 +130,7 @@ impl Session {
         net::set_nonblocking(&conn, true)?;
         let options = Options::for_wakes(&conn)?;
         let conn = Arc::new(conn);
-        let link = Link {
-            attachment,
-            peer,
-            tx: Mutex::new(Some(Tx { ring: Producer::new(tx.place()), sent: 0, _dmb: tx })),
-            rx: Mutex::new(Some(Rx {
-                ring: Consumer::new(rx.place()),
-                received: 0,
-                size: rx.place().capacity,
-                _dmb: rx,
-            })),
-            sleeper: Sleeper::default(),
-            reset_told: AtomicBool::new(false),
-            armed: AtomicBool::new(false),
-            readiness: Mutex::default(),
-            key: OnceLock::new(),
-            wakes_sent: AtomicU64::new(0),
-            wakes_received: AtomicU64::new(0),
-            sleeps: AtomicU64::new(0),
-            traffic: Mutex::default(),
-        };
+        let link = Link::new(attachment, tx, rx, peer);
         let inner = Arc::new(Inner {
             generation: fork::generation(),
             state: AtomicU32::new(0),
@@ -257,8 +185,12 @@ impl Session {
         let mut rest = from;
         let mut deadline = None;
         loop {
-            let sent =
-                self.send_until(rest, timeout, || *deadline.get_or_insert(timeout.deadline()), host)?;
+            let sent = self.send_until(
+                rest,
+                timeout,
+                || *deadline.get_or_insert(timeout.deadline()),
+                host,
+            )?;
             rest = &rest[sent..];
             if rest.is_empty() {
                 return Ok(());
@@ -302,6 +234,41 @@ impl Session {
             let until = until.unwrap_or(Deadline::Never);
             inner.wait(link, Direction::Send { bytes: from.len() as u64 }, until, host)?;
         }
+    }
+
+    /// Sends some of `from`, in order, as one; returns how many bytes.
+    ///
+    /// # Errors
+    /// As [`Session::send`].
+    pub fn send_vectored(
+        &self,
+        from: &[IoSlice<'_>],
+        timeout: Timeout,
+        host: &impl Host,
+    ) -> Result<usize> {
+        let inner = &*self.inner;
+        inner.check()?;
+        if let Path::Tcp(_) = &inner.path {
+            return inner.tcp_send_vectored(from, timeout, host);
+        }
+        let mut sent = 0;
+        let mut timeout = timeout;
+        for part in from {
+            match self.send(part, timeout, host) {
+                Ok(n) => {
+                    sent += n;
+                    if n < part.len() {
+                        break;
+                    }
+                }
+                Err(_) if sent > 0 => break,
+                Err(error) => return Err(error),
+            }
+            if sent > 0 {
+                timeout = Timeout::NonBlocking;
+            }
+        }
+        Ok(sent)
     }
 
     /// Receives into `into`; returns how many bytes, 0 at the end of the stream.
@@ -412,30 +379,10 @@ impl Session {
     pub fn shutdown(&self, how: Shutdown) -> Result<()> {
         let inner = &*self.inner;
         inner.check()?;
-        let link = match &inner.path {
-            Path::Tcp(_) => return Ok(net::shutdown(&*inner.conn()?, how)?),
-            Path::Smc(link) => link,
-        };
-        if inner.state.load(Ordering::Acquire) & ENDED != 0 {
-            // As TCP after a reset: there is nothing left to shut down.
-            return Err(Error::Os(std::io::Error::from_raw_os_error(107)));
+        match &inner.path {
+            Path::Tcp(_) => Ok(net::shutdown(&*inner.conn()?, how)?),
+            Path::Smc(link) => inner.shutdown_link(link, how),
         }
-        if matches!(how, Shutdown::Write | Shutdown::Both) {
-            inner.state.fetch_or(SEND_SHUT, Ordering::AcqRel);
-            let mut tx = lock(&link.tx);
-            let tx = tx.as_mut().ok_or(Error::Closed)?;
-            let memory = inner.memory(link);
-            tx.ring.set_flags(memory, DONE_WRITING);
-            let wake = tx.ring.take_reader_wait(memory);
-            if wake {
-                inner.notify(link);
-            }
-        }
-        if matches!(how, Shutdown::Read | Shutdown::Both) {
-            inner.state.fetch_or(RECV_SHUT, Ordering::AcqRel);
-        }
-        inner.stir(link);
-        Ok(())
     }
 
     /// Closes: the peer reads what was sent, then the end of the stream; with unread data on
@@ -507,29 +454,12 @@ impl Session {
         self.inner.options.set(&*self.inner.conn()?, level, name, value)
     }
 
-    /// What this session did so far.
+    /// What this session did so far; all zero on TCP.
     pub fn stats(&self) -> SessionStats {
-        let Path::Smc(link) = &self.inner.path else { return SessionStats::default() };
-        let mut stats = SessionStats {
-            wakes_sent: link.wakes_sent.load(Ordering::Relaxed),
-            wakes_received: link.wakes_received.load(Ordering::Relaxed),
-            sleeps: link.sleeps.load(Ordering::Relaxed),
-            device: Some(link.attachment.spec().to_owned()),
-            peer: Some(link.peer),
-            ..SessionStats::default()
-        };
-        if fork::is_current(self.inner.generation) {
-            (stats.bytes_sent, stats.bytes_received) = *lock(&link.traffic);
-            if let Some(tx) = lock(&link.tx).as_ref() {
-                stats.bytes_sent = tx.sent;
-                stats.send_buffer = tx.ring.place().capacity;
-            }
-            if let Some(rx) = lock(&link.rx).as_ref() {
-                stats.bytes_received = rx.received;
-                stats.receive_buffer = rx.size;
-            }
+        match &self.inner.path {
+            Path::Tcp(_) => SessionStats::default(),
+            Path::Smc(link) => link.stats(fork::is_current(self.inner.generation)),
         }
-        stats
     }
 }
 
@@ -555,296 +485,6 @@ impl Inner {
         lock(&self.conn).clone().ok_or(Error::Closed)
     }
 
-    #[inline]
-    fn memory<'a>(&self, link: &'a Link) -> &'a Mapping {
-        link.attachment.memory()
-    }
-
-    /// Copies what fits; 0 if there is no room.
-    fn try_send(&self, link: &Link, from: &[u8]) -> Result<usize> {
-        let mut guard = lock(&link.tx);
-        let tx = guard.as_mut().ok_or(Error::Closed)?;
-        let memory = self.memory(link);
-        if self.state.load(Ordering::Acquire) != 0 {
-            self.may_send(link, tx)?;
-        }
-        let mut sent = 0;
-        for part in from.chunks(PART) {
-            let n = tx.ring.write(memory, part).map_err(misbehaved)?;
-            if n == 0 {
-                break;
-            }
-            sent += n;
-            if tx.ring.take_reader_wait(memory) {
-                self.notify(link);
-            }
-            if n < part.len() {
-                break;
-            }
-        }
-        tx.sent += sent as u64;
-        if sent == 0 && !from.is_empty() {
-            self.may_send(link, tx)?;
-        }
-        drop(guard);
-        if sent < from.len() {
-            self.settle(link);
-        }
-        Ok(sent)
-    }
-
-    /// Refuses to send what nobody will read.
-    fn may_send(&self, link: &Link, tx: &Tx) -> Result<()> {
-        let state = self.state.load(Ordering::Acquire);
-        if state & CLOSED != 0 {
-            return Err(Error::Closed);
-        }
-        if state & SEND_SHUT != 0 {
-            return Err(Error::BrokenPipe);
-        }
-        let flags = tx.ring.reader_flags(self.memory(link));
-        if flags & READER_ABORTED != 0 || (state & ENDED != 0 && flags & READER_CLOSED == 0) {
-            return Err(self.reset(link));
-        }
-        if flags & READER_CLOSED != 0 {
-            return Err(Error::BrokenPipe);
-        }
-        Ok(())
-    }
-
-    /// `ECONNRESET` the first time, `EPIPE` from then on.
-    fn reset(&self, link: &Link) -> Error {
-        if link.reset_told.swap(true, Ordering::AcqRel) {
-            Error::BrokenPipe
-        } else {
-            Error::Reset
-        }
-    }
-
-    fn try_recv(
-        &self,
-        link: &Link,
-        into: &mut [MaybeUninit<u8>],
-        peek: bool,
-    ) -> Result<Option<usize>> {
-        let mut guard = lock(&link.rx);
-        let rx = guard.as_mut().ok_or(Error::Closed)?;
-        let memory = self.memory(link);
-        match self.incoming(link, rx)? {
-            Incoming::Data => {}
-            Incoming::End => return Ok(Some(0)),
-            Incoming::Nothing => {
-                drop(guard);
-                self.settle(link);
-                return Ok(None);
-            }
-        }
-        if peek {
-            return Ok(Some(rx.ring.peek(memory, 0, into).map_err(misbehaved)?));
-        }
-        let mut got = 0;
-        for part in into.chunks_mut(PART) {
-            let n = rx.ring.read(memory, part).map_err(misbehaved)?;
-            got += n;
-            if n > 0 && rx.ring.take_writer_wait(memory) {
-                self.notify(link);
-            }
-            if n < part.len() {
-                break;
-            }
-        }
-        rx.received += got as u64;
-        drop(guard);
-        self.settle(link);
-        Ok(Some(got))
-    }
-
-    /// What there is to receive, judged in the order that loses nothing.
-    #[inline]
-    fn incoming(&self, link: &Link, rx: &mut Rx) -> Result<Incoming> {
-        let memory = self.memory(link);
-        if rx.ring.available(memory).map_err(misbehaved)? > 0 {
-            return Ok(Incoming::Data);
-        }
-        // The connection's end comes after the flags, the flags after the data: look in the
-        // other order, so that what is seen last was there at least when the first was seen.
-        let state = self.state.load(Ordering::Acquire);
-        let flags = rx.ring.writer_flags(memory);
-        let over = flags & (DONE_WRITING | WRITER_CLOSED | WRITER_ABORTED) != 0;
-        if !over && state & (ENDED | RECV_SHUT | CLOSED) == 0 {
-            return Ok(Incoming::Nothing);
-        }
-        if rx.ring.available(memory).map_err(misbehaved)? > 0 {
-            return Ok(Incoming::Data);
-        }
-        if state & CLOSED != 0 {
-            return Err(Error::Closed);
-        }
-        let clean = flags & WRITER_ABORTED == 0 && over;
-        if !clean && (over || state & ENDED != 0) {
-            if link.reset_told.swap(true, Ordering::AcqRel) {
-                return Ok(Incoming::End);
-            }
-            return Err(Error::Reset);
-        }
-        Ok(Incoming::End)
-    }
-
-    /// Whether a thread waiting for `direction` has something to do, without side effects.
-    fn concerns(&self, link: &Link, direction: Direction) -> bool {
-        if self.state.load(Ordering::Acquire) & (CLOSED | ENDED) != 0 {
-            return true;
-        }
-        let memory = self.memory(link);
-        match direction {
-            Direction::Receive => {
-                let mut rx = lock(&link.rx);
-                let Some(rx) = rx.as_mut() else { return true };
-                self.state.load(Ordering::Acquire) & RECV_SHUT != 0
-                    || !matches!(rx.ring.available(memory), Ok(0))
-                    || rx.ring.writer_flags(memory) != 0
-            }
-            Direction::Send { .. } => {
-                let mut tx = lock(&link.tx);
-                let Some(tx) = tx.as_mut() else { return true };
-                self.state.load(Ordering::Acquire) & SEND_SHUT != 0
-                    || !matches!(tx.ring.room(memory), Ok(0))
-                    || tx.ring.reader_flags(memory) != 0
-            }
-        }
-    }
-
-    /// As [`Inner::concerns`], and sets the wait flag before it says no.
-    fn arm(&self, link: &Link, direction: Direction) -> Result<bool> {
-        let memory = self.memory(link);
-        let there = match direction {
-            Direction::Receive => {
-                let mut rx = lock(&link.rx);
-                let rx = rx.as_mut().ok_or(Error::Closed)?;
-                rx.ring.want_data(memory, 1).map_err(misbehaved)?
-            }
-            Direction::Send { bytes } => {
-                let mut tx = lock(&link.tx);
-                let tx = tx.as_mut().ok_or(Error::Closed)?;
-                tx.ring.want_room(memory, bytes).map_err(misbehaved)?
-            }
-        };
-        Ok(there || self.concerns(link, direction))
-    }
-
-    /// Takes the wait flag back: the thread that set it is awake.
-    fn disarm(&self, link: &Link, direction: Direction) {
-        let memory = self.memory(link);
-        match direction {
-            Direction::Receive => {
-                if let Some(rx) = lock(&link.rx).as_mut() {
-                    rx.ring.clear_wait(memory);
-                }
-            }
-            Direction::Send { .. } => {
-                if let Some(tx) = lock(&link.tx).as_mut() {
-                    tx.ring.clear_wait(memory);
-                }
-            }
-        }
-    }
-
-    /// Spins, then sleeps, until `direction` has something to do.
-    fn wait(
-        &self,
-        link: &Link,
-        direction: Direction,
-        deadline: Deadline,
-        host: &impl Host,
-    ) -> Result<()> {
-        if spin::briefly(|| self.concerns(link, direction)) {
-            return Ok(());
-        }
-        loop {
-            let slept = host.blocking(|| {
-                if spin::fully(deadline, || self.concerns(link, direction)) {
-                    return Ok(());
-                }
-                let conn = self.conn()?;
-                link.sleeps.fetch_add(1, Ordering::Relaxed);
-                let slept = link.sleeper.sleep(
-                    &conn,
-                    deadline,
-                    || self.arm(link, direction),
-                    |drained| self.drained(link, drained),
-                );
-                self.disarm(link, direction);
-                slept
-            });
-            self.settle(link);
-            match slept {
-                Err(Error::Interrupted) => host.interrupted()?,
-                other => return other,
-            }
-        }
-    }
-
-    /// Wakes the peer: one byte on the connection. A full connection wakes it as well.
-    fn notify(&self, link: &Link) {
-        if let Ok(conn) = self.conn() {
-            link.wakes_sent.fetch_add(1, Ordering::Relaxed);
-            // Any other failure is the connection's end, which the background thread sees.
-            let _ = net::send(&*conn, &[ivsmc_proto::frame::WAKE], MSG_DONTWAIT);
-        }
-    }
-
-    fn drained(&self, link: &Link, drained: Drained) {
-        link.wakes_received.fetch_add(1, Ordering::Relaxed);
-        if drained == Drained::Ended {
-            self.state.fetch_or(ENDED, Ordering::AcqRel);
-        }
-        self.settle(link);
-    }
-
-    /// Makes all who wait look again: local state has changed.
-    fn stir(&self, link: &Link) {
-        link.sleeper.wake_all();
-        self.settle(link);
-    }
-
-    /// Makes the readiness descriptor, if there is one, show what is so.
-    fn settle(&self, link: &Link) {
-        if !link.armed.load(Ordering::Relaxed) {
-            return;
-        }
-        let mut guard = lock(&link.readiness);
-        let Some(readiness) = guard.as_mut() else { return };
-        if self.concerns(link, Direction::Receive) {
-            readiness.set_readable(true);
-        } else {
-            readiness.set_readable(false);
-            if self.arm(link, Direction::Receive).unwrap_or(true) {
-                readiness.set_readable(true);
-            }
-        }
-        let any = Direction::Send { bytes: 1 };
-        if self.concerns(link, any) {
-            readiness.set_writable(true);
-        } else {
-            readiness.set_writable(false);
-            if self.arm(link, any).unwrap_or(true) {
-                readiness.set_writable(true);
-            }
-        }
-        let state = self.state.load(Ordering::Acquire);
-        let flags = lock(&link.rx)
-            .as_ref()
-            .map_or(0, |rx| rx.ring.writer_flags(self.memory(link)));
-        if state & ENDED != 0 || flags != 0 {
-            readiness.end_reading();
-        }
-        // As TCP: a peer that only closed leaves the descriptor writable, not hung up.
-        let clean = flags & WRITER_ABORTED == 0 && flags != 0;
-        if state & ENDED != 0 && (!clean || state & SEND_SHUT != 0) {
-            readiness.hang_up();
-        }
-    }
-
     fn close(&self) {
         if !fork::is_current(self.generation)
             || self.state.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED != 0
@@ -862,138 +502,10 @@ impl Inner {
             }
         }
     }
-
-    fn close_link(&self, link: &Link, conn: Option<&Fd>) {
-        let memory = self.memory(link);
-        let mut rx = lock(&link.rx).take();
-        let tx = lock(&link.tx).take();
-        let unread = rx
-            .as_mut()
-            .is_some_and(|rx| rx.ring.available(memory).is_ok_and(|unread| unread > 0));
-        let abort = unread || self.options.aborts();
-        *lock(&link.traffic) = (
-            tx.as_ref().map_or(0, |tx| tx.sent),
-            rx.as_ref().map_or(0, |rx| rx.received),
-        );
-        let mut wake = false;
-        if let Some(rx) = rx.as_mut() {
-            rx.ring.set_flags(memory, if abort { READER_ABORTED } else { READER_CLOSED });
-            wake |= rx.ring.take_writer_wait(memory) || rx.ring.place().writer_waits(memory);
-        }
-        if let Some(mut tx) = tx {
-            let flags = if abort { WRITER_ABORTED } else { DONE_WRITING | WRITER_CLOSED };
-            tx.ring.set_flags(memory, flags);
-            wake |= tx.ring.take_reader_wait(memory);
-        }
-        if let (true, Some(conn)) = (wake, conn) {
-            let _ = net::send(conn, &[ivsmc_proto::frame::WAKE], MSG_DONTWAIT);
-        }
-        if let Some(&key) = link.key.get() {
-            let reactor = self.lease.reactor();
-            if let Some(conn) = conn {
-                reactor.unwatch(conn);
-            }
-            reactor.forget(key);
-        }
-        link.sleeper.wake_all();
-        if link.armed.load(Ordering::Relaxed) {
-            *lock(&link.readiness) = None;
-        }
-    }
-
-    fn tcp_send(
-        &self,
-        from: &[u8],
-        timeout: Timeout,
-        deadline: Deadline,
-        host: &impl Host,
-    ) -> Result<usize> {
-        let conn = self.conn()?;
-        self.tcp(&conn, poll::OUT, timeout, deadline, host, |flags| net::send(&*conn, from, flags))
-    }
-
-    fn tcp_recv(
-        &self,
-        into: &mut [MaybeUninit<u8>],
-        flags: RecvFlags,
-        timeout: Timeout,
-        host: &impl Host,
-    ) -> Result<usize> {
-        let conn = self.conn()?;
-        let mut extra = 0;
-        if flags.peek {
-            extra |= net::MSG_PEEK;
-        }
-        if flags.wait_all {
-            extra |= net::MSG_WAITALL;
-        }
-        self.tcp(&conn, poll::IN, timeout, timeout.deadline(), host, |flags| {
-            net::recv(&*conn, into, flags | extra)
-        })
-    }
-
-    /// One call on the TCP connection, as a plain socket does it.
-    fn tcp<T: Send>(
-        &self,
-        conn: &Fd,
-        events: u32,
-        timeout: Timeout,
-        deadline: Deadline,
-        host: &impl Host,
-        mut call: impl FnMut(i32) -> std::io::Result<T> + Send,
-    ) -> Result<T> {
-        let flags = if timeout == Timeout::Never { 0 } else { MSG_DONTWAIT };
-        loop {
-            let result = host.blocking(|| {
-                if let Timeout::After(_) = timeout {
-                    let left = deadline.left()?;
-                    poll::poll(&mut [poll::PollFd::new(conn, events)], left)?;
-                }
-                Ok(call(flags)?)
-            });
-            match result {
-                Err(Error::Os(error)) if error.raw_os_error() == Some(4) => {
-                    host.interrupted()?;
-                    self.check()?;
-                }
-                Err(Error::WouldBlock) if matches!(timeout, Timeout::After(_)) => {}
-                Err(_) if self.state.load(Ordering::Relaxed) & CLOSED != 0 => {
-                    return Err(Error::Closed)
-                }
-                other => return other,
-            }
-        }
-    }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-/// What the background thread holds of a session.
-struct Watched {
-    inner: std::sync::Weak<Inner>,
-}
-
-impl Source for Watched {
-    fn ready(&self, events: u32) {
-        let Some(inner) = self.inner.upgrade() else { return };
-        let Path::Smc(link) = &inner.path else { return };
-        if events & (poll::RDHUP | poll::HUP | poll::ERR) != 0 {
-            inner.state.fetch_or(ENDED, Ordering::AcqRel);
-            link.sleeper.wake_all();
-            inner.settle(link);
-        }
-        if events & poll::IN != 0 {
-            if let Ok(conn) = inner.conn() {
-                link.sleeper.drain_in_background(&conn, |drained| inner.drained(link, drained));
-            }
-        }
-    }
-}
-
-fn misbehaved(error: ivsmc_proto::ring::PeerMisbehaved) -> Error {
-    Error::PeerMisbehaved(error.to_string())
 }

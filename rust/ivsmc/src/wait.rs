@@ -178,9 +178,7 @@ impl Sleeper {
     }
 
     fn lead(&self) -> bool {
-        self.leading
-            .compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst)
-            .is_ok()
+        self.leading.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
     fn end_turn(&self, conn: &Fd, drained: &mut impl FnMut(Drained)) {

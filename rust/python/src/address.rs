@@ -19,7 +19,10 @@ pub(crate) fn family(address: &SocketAddr) -> i32 {
 }
 
 /// `(host, port)` or `(host, port, flowinfo, scope_id)`.
-pub(crate) fn to_tuple<'py>(py: Python<'py>, address: &SocketAddr) -> PyResult<Bound<'py, PyTuple>> {
+pub(crate) fn to_tuple<'py>(
+    py: Python<'py>,
+    address: &SocketAddr,
+) -> PyResult<Bound<'py, PyTuple>> {
     match address {
         SocketAddr::V4(v4) => (v4.ip().to_string(), v4.port()).into_pyobject(py),
         SocketAddr::V6(v6) => {
@@ -49,7 +52,11 @@ pub(crate) fn from_tuple(family: i32, tuple: &Bound<'_, PyTuple>) -> PyResult<So
         IpAddr::V4(_) => SocketAddr::new(ip, port),
         IpAddr::V6(v6) => {
             let number = |index: usize| -> PyResult<u32> {
-                if tuple.len() > index { tuple.get_item(index)?.extract() } else { Ok(0) }
+                if tuple.len() > index {
+                    tuple.get_item(index)?.extract()
+                } else {
+                    Ok(0)
+                }
             };
             SocketAddr::V6(SocketAddrV6::new(v6, port, number(2)?, number(3)?))
         }

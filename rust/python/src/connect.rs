@@ -41,8 +41,8 @@ pub(crate) fn require(require: Option<&str>) -> PyResult<Require> {
     match require {
         None => Ok(Require::Any),
         Some("smc") => Ok(Require::Smc),
-        Some(other) => Err(PyValueError::new_err(format!(
-            "require must be None or \"smc\", not {other:?}"
-        ))),
+        Some(other) => {
+            Err(PyValueError::new_err(format!("require must be None or \"smc\", not {other:?}")))
+        }
     }
 }

@@ -87,9 +87,7 @@ impl Sink {
         // while the slice lives: the buffer was exported as writable until `self` is dropped, and
         // `&mut self` makes this the only slice of this call. The runtime stores only initialised
         // bytes into it. Another thread's use of the object is as in the module's text.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.0.view.buf.cast::<MaybeUninit<u8>>(), len)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.0.view.buf.cast::<MaybeUninit<u8>>(), len) }
     }
 }
 
@@ -104,11 +102,8 @@ pub(crate) fn new_bytes<'py>(
     // GIL; it returns a new reference or null with an exception set, which `from_owned_ptr_or_err`
     // handles. The object is a `bytes`.
     let bytes = unsafe {
-        Bound::from_owned_ptr_or_err(
-            py,
-            ffi::PyBytes_FromStringAndSize(std::ptr::null(), size),
-        )?
-        .cast_into_unchecked::<PyBytes>()
+        Bound::from_owned_ptr_or_err(py, ffi::PyBytes_FromStringAndSize(std::ptr::null(), size))?
+            .cast_into_unchecked::<PyBytes>()
     };
     // SAFETY: PyBytes_AsString of a `bytes` gives its memory, valid for `len` bytes (and a zero
     // behind them). Nobody else has a reference to the new object yet, so writing is allowed.

@@ -99,8 +99,7 @@ impl Stream {
 }
 
 fn receive_flags(flags: i32) -> PyResult<RecvFlags> {
-    const KNOWN: i32 =
-        MSG_PEEK | MSG_WAITALL | MSG_DONTWAIT | MSG_NOSIGNAL | MSG_CMSG_CLOEXEC;
+    const KNOWN: i32 = MSG_PEEK | MSG_WAITALL | MSG_DONTWAIT | MSG_NOSIGNAL | MSG_CMSG_CLOEXEC;
     refuse(flags, KNOWN)?;
     Ok(RecvFlags { peek: flags & MSG_PEEK != 0, wait_all: flags & MSG_WAITALL != 0 })
 }
@@ -126,9 +125,8 @@ fn refuse(flags: i32, known: i32) -> PyResult<()> {
 impl Stream {
     #[new]
     fn new(py: Python<'_>, handle: &Handle) -> PyResult<Self> {
-        let session = handle
-            .take()
-            .ok_or_else(|| PyValueError::new_err("the handle was used already"))?;
+        let session =
+            handle.take().ok_or_else(|| PyValueError::new_err("the handle was used already"))?;
         let family = session.local_addr().map(|address| address::family(&address));
         let family = family.map_err(|error| errors::to_python(py, error))?;
         Ok(Self { session, family, timeout: AtomicU64::new(f64::NAN.to_bits()) })
@@ -302,10 +300,8 @@ impl Stream {
         flags: i32,
     ) -> PyResult<(usize, Bound<'py, PyList>, i32, Option<i32>)> {
         check_ancillary(ancbufsize)?;
-        let mut sinks = buffers
-            .try_iter()?
-            .map(|buffer| Sink::new(&buffer?))
-            .collect::<PyResult<Vec<_>>>()?;
+        let mut sinks =
+            buffers.try_iter()?.map(|buffer| Sink::new(&buffer?)).collect::<PyResult<Vec<_>>>()?;
         let mut wait = self.wait(flags)?;
         let flags = receive_flags(flags)?;
         let gil = Gil::new(py);

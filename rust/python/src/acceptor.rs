@@ -1,0 +1,122 @@
+//! `Acceptor`: a listening socket and its directory entries.
+
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ivsmc::{Error, ListenOptions, Listener};
+use ivsmc_shm::fd::Fd;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
+
+use crate::address;
+use crate::connect::require;
+use crate::errors;
+use crate::gil::{timeout, Gil};
+use crate::stream::{get_option, set_option, Handle};
+
+/// A listening TCP socket and its entry in every region's directory.
+#[pyclass(frozen, module = "ivsmc._native")]
+pub(crate) struct Acceptor {
+    listener: Listener,
+    family: i32,
+    closed: AtomicBool,
+}
+
+#[pymethods]
+impl Acceptor {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        fd: RawFd,
+        backlog: u32,
+        shared: bool,
+        device: Option<String>,
+        require: Option<&str>,
+        buffer: Option<u32>,
+    ) -> PyResult<Self> {
+        // First of all: it is ours to close from now on, whatever follows.
+        let fd = Fd::adopt(fd)?;
+        let options = ListenOptions { backlog, shared, device, require: self::require(require)?, buffer };
+        let listener = py
+            .detach(|| Listener::adopt(fd, options))
+            .map_err(|error| errors::to_python(py, error))?;
+        let family = listener.local_addr().map(|address| address::family(&address));
+        let family = family.map_err(|error| errors::to_python(py, error))?;
+        Ok(Self { listener, family, closed: AtomicBool::new(false) })
+    }
+
+    #[getter]
+    fn family(&self) -> i32 {
+        self.family
+    }
+
+    #[getter]
+    fn closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    #[pyo3(signature = (timeout, /))]
+    fn accept<'py>(
+        &self,
+        py: Python<'py>,
+        timeout: Option<f64>,
+    ) -> PyResult<(Handle, Bound<'py, PyTuple>)> {
+        let gil = Gil::new(py);
+        let (session, address) = self
+            .listener
+            .accept(self::timeout(timeout)?, &gil)
+            .map_err(|error| gil.raise(error))?;
+        Ok((Handle::new(session), address::to_tuple(py, &address)?))
+    }
+
+    fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
+        match self.listener.fileno() {
+            Err(Error::Closed) => Ok(-1),
+            other => other.map_err(|error| errors::to_python(py, error)),
+        }
+    }
+
+    fn getsockname<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let address = self.listener.local_addr().map_err(|error| errors::to_python(py, error))?;
+        address::to_tuple(py, &address)
+    }
+
+    #[pyo3(signature = (level, option, buflen = 0, /))]
+    fn getsockopt<'py>(
+        &self,
+        py: Python<'py>,
+        level: i32,
+        option: i32,
+        buflen: isize,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        get_option(py, buflen, |into| self.listener.get_option(level, option, into))
+    }
+
+    #[pyo3(signature = (level, option, value, optlen = None, /))]
+    fn setsockopt(
+        &self,
+        py: Python<'_>,
+        level: i32,
+        option: i32,
+        value: Option<&Bound<'_, PyAny>>,
+        optlen: Option<usize>,
+    ) -> PyResult<()> {
+        set_option(py, value, optlen, |bytes| self.listener.set_option(level, option, bytes))
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = self.listener.stats();
+        let dict = PyDict::new(py);
+        dict.set_item("accepted_smc", stats.accepted_smc)?;
+        dict.set_item("accepted_tcp", stats.accepted_tcp)?;
+        dict.set_item("held", stats.held)?;
+        dict.set_item("refused", stats.refused)?;
+        Ok(dict)
+    }
+
+    fn close(&self, py: Python<'_>) {
+        if !self.closed.swap(true, Ordering::AcqRel) {
+            py.detach(|| self.listener.close());
+        }
+    }
+}
