@@ -40,6 +40,6 @@ pub(crate) fn file_offset(at: u64) -> io::Result<libc::off_t> {
 pub(crate) fn timespec(duration: Duration) -> libc::timespec {
     libc::timespec {
         tv_sec: libc::time_t::try_from(duration.as_secs()).unwrap_or(libc::time_t::MAX),
-        tv_nsec: libc::c_long::from(duration.subsec_nanos().cast_signed()),
+        tv_nsec: libc::c_long::from(duration.subsec_nanos()),
     }
 }

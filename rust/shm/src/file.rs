@@ -252,8 +252,8 @@ pub fn file_system(fd: impl AsFd) -> io::Result<FileSystem> {
         found.assume_init()
     };
     // Magic numbers have 32 bits; the field is signed and wider.
-    let magic = found.f_type.cast_unsigned() & 0xffff_ffff;
-    let block = found.f_bsize.cast_unsigned();
+    let magic = found.f_type as u64 & 0xffff_ffff;
+    let block = found.f_bsize as u64;
     Ok(FileSystem {
         magic,
         available: found.f_bavail.saturating_mul(block),

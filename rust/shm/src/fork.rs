@@ -198,7 +198,7 @@ fn give_up_mapping(address: usize, length: usize) {
         // any readable and writable pages. The address is no pointer Rust derives anything from.
         let at = unsafe {
             libc::mmap(
-                std::ptr::without_provenance_mut(address),
+                address as *mut libc::c_void,
                 length,
                 protection,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,

@@ -74,7 +74,7 @@ impl Mapping {
         };
         // SAFETY: the pages belong to this function, then to the value it returns, which
         // unregisters them before it gives them up.
-        let entry = match unsafe { fork::register_mapping(base.addr().get(), length) } {
+        let entry = match unsafe { fork::register_mapping(base.as_ptr() as usize, length) } {
             Ok(entry) => entry,
             Err(error) => return unmap(error),
         };
@@ -172,10 +172,7 @@ impl Mapping {
         // same time: Rust code has none, other processes and the opaque copy act on the machine,
         // where an aligned 64-bit access is whole. AtomicU64 is an UnsafeCell, so the reference
         // lets the compiler assume nothing about the value; it does not outlive the operation.
-        #[allow(clippy::cast_possible_truncation)] // u64 to usize on 64 bits
-        unsafe {
-            AtomicU64::from_ptr(self.base.as_ptr().add(at as usize).cast())
-        }
+        unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(native(at)).cast()) }
     }
 
     /// The start of `at..at + length`.
@@ -185,10 +182,7 @@ impl Mapping {
             bad_bytes(at, length, self.len);
         }
         // SAFETY: `add` needs an offset inside the mapping or at its end: judged above.
-        #[allow(clippy::cast_possible_truncation)] // u64 to usize on 64 bits
-        unsafe {
-            self.base.as_ptr().add(at as usize)
-        }
+        unsafe { self.base.as_ptr().add(native(at)) }
     }
 }
 
@@ -248,9 +242,7 @@ impl Memory for Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // Not truncated: `map` made it from a usize.
-        #[allow(clippy::cast_possible_truncation)]
-        let length = self.len as usize;
+        let length = native(self.len);
         if self.is_current() {
             // The reverse of `map`: leave the shared pages, take the note back while the range is
             // still ours, give it up. If the first step has no memory, the last one still does it.
@@ -261,6 +253,13 @@ impl Drop for Mapping {
         // a forked child, as the private pages put there, and lent nothing that outlives it.
         unsafe { libc::munmap(self.base.as_ptr().cast(), length) };
     }
+}
+
+/// An offset as `usize`, which has 64 bits (`lib.rs` demands it).
+#[inline]
+#[allow(clippy::cast_possible_truncation)] // see above
+fn native(offset: u64) -> usize {
+    offset as usize
 }
 
 /// Inaccessible private pages: `length` of them anywhere, or over `at` with MAP_FIXED.

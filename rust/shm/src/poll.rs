@@ -70,7 +70,7 @@ impl<'fd> PollFd<'fd> {
     #[inline]
     #[must_use]
     pub fn revents(&self) -> u32 {
-        u32::from(self.raw.revents.cast_unsigned())
+        u32::from(self.raw.revents as u16)
     }
 }
 

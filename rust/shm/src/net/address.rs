@@ -26,7 +26,7 @@ impl RawAddress {
     /// The address that takes the destination off a UDP socket.
     pub(super) fn unspecified() -> RawAddress {
         RawAddress::of(&libc::sockaddr {
-            sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+            sa_family: family(libc::AF_UNSPEC),
             sa_data: [0; 14],
         })
     }
@@ -91,7 +91,7 @@ impl From<&SocketAddr> for RawAddress {
     fn from(address: &SocketAddr) -> RawAddress {
         match address {
             SocketAddr::V4(v4) => RawAddress::of(&libc::sockaddr_in {
-                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_family: family(libc::AF_INET),
                 sin_port: v4.port().to_be(),
                 sin_addr: libc::in_addr {
                     s_addr: u32::from(*v4.ip()).to_be(),
@@ -99,7 +99,7 @@ impl From<&SocketAddr> for RawAddress {
                 sin_zero: [0; 8],
             }),
             SocketAddr::V6(v6) => RawAddress::of(&libc::sockaddr_in6 {
-                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_family: family(libc::AF_INET6),
                 sin6_port: v6.port().to_be(),
                 sin6_flowinfo: v6.flowinfo(),
                 sin6_addr: libc::in6_addr {
@@ -120,6 +120,16 @@ impl From<libc::sockaddr_nl> for RawAddress {
 impl From<libc::sockaddr_un> for RawAddress {
     fn from(address: libc::sockaddr_un) -> RawAddress {
         RawAddress::of(&address)
+    }
+}
+
+/// An address family as it stands in an address.
+pub(super) const fn family(number: libc::c_int) -> libc::sa_family_t {
+    assert!(number >= 0 && number < 256, "families are small numbers");
+    // Not truncated: below 256, asserted above.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        number as libc::sa_family_t
     }
 }
 

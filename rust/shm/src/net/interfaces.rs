@@ -3,10 +3,10 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::address::RawAddress;
+use super::address::{family, RawAddress};
 use super::tcp::{bind_raw, connect_raw, local_addr, socket, Family};
 use crate::call;
 use crate::fd::Fd;
@@ -74,7 +74,7 @@ pub fn address_watch() -> io::Result<Fd> {
     let fd = socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE)?;
     // SAFETY: `sockaddr_nl` is integers, for which all zeros are valid.
     let mut address: libc::sockaddr_nl = unsafe { MaybeUninit::zeroed().assume_init() };
-    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    address.nl_family = family(libc::AF_NETLINK);
     address.nl_groups = (libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR) as u32;
     bind_raw(&fd, &RawAddress::from(address))?;
     Ok(fd)
@@ -143,20 +143,22 @@ impl Kept {
     fn take(&self) -> Option<Fd> {
         // AcqRel: pairs with itself and with `put`; who takes the number is its only owner.
         let word = self.0.swap(Kept::EMPTY, Ordering::AcqRel);
-        let (generation, number) = ((word >> 32) as u32, word as u32);
+        // -1 as the low half is no descriptor number.
+        let number = RawFd::try_from(word & 0xffff_ffff).ok()?;
         // A number of an earlier generation was closed by the fork handler.
-        if number == Kept::EMPTY as u32 || !fork::is_current(generation) {
+        if word >> 32 != u64::from(fork::generation()) {
             return None;
         }
         // SAFETY: `from_raw_fd` needs an open descriptor without another owner: `put` gave up the
         // ownership of this number, in this generation, and the swap gives it to one taker.
-        Some(Fd::from(unsafe {
-            OwnedFd::from_raw_fd(number.cast_signed())
-        }))
+        Some(Fd::from(unsafe { OwnedFd::from_raw_fd(number) }))
     }
 
     fn put(&self, fd: Fd) {
-        let word = u64::from(fork::generation()) << 32 | u64::from(fd.as_raw_fd().cast_unsigned());
+        let Ok(number) = u64::try_from(fd.as_raw_fd()) else {
+            return;
+        };
+        let word = u64::from(fork::generation()) << 32 | number;
         // AcqRel: see `take`. If somebody else has put one back, this one is dropped.
         let put = self
             .0

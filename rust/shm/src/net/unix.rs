@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::address::RawAddress;
+use super::address::{family, RawAddress};
 use super::tcp::{accept_raw, bind_raw, connect_raw, listen, socket};
 use super::transfer::empty_message;
 use crate::call::{self, socklen_of};
@@ -70,7 +70,7 @@ pub fn unix_accept(fd: impl AsFd) -> io::Result<Fd> {
 fn unix_address(path: &Path) -> io::Result<RawAddress> {
     let bytes = path.as_os_str().as_bytes();
     let mut address = libc::sockaddr_un {
-        sun_family: libc::AF_UNIX as libc::sa_family_t,
+        sun_family: family(libc::AF_UNIX),
         sun_path: [0; 108],
     };
     // One byte stays 0, the end; an empty path or one with a zero byte would name another socket.
@@ -113,7 +113,7 @@ union Control {
 
 /// Bytes of control data that carry one descriptor.
 // SAFETY: CMSG_SPACE only computes.
-const ONE_FD_SPACE: usize = unsafe { libc::CMSG_SPACE(size_of::<RawFd>() as u32) } as usize;
+const ONE_FD_SPACE: usize = unsafe { libc::CMSG_SPACE(socklen_of::<RawFd>()) } as usize;
 const _: () = assert!(ONE_FD_SPACE <= size_of::<Control>());
 
 /// Sends bytes, with a copy of the descriptor `passed` attached to the first one; never waits.
@@ -145,7 +145,7 @@ pub fn send_with_fd(
             let header = libc::CMSG_FIRSTHDR(&raw const message);
             (*header).cmsg_level = libc::SOL_SOCKET;
             (*header).cmsg_type = libc::SCM_RIGHTS;
-            (*header).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as _;
+            (*header).cmsg_len = libc::CMSG_LEN(socklen_of::<RawFd>()) as _;
             libc::CMSG_DATA(header)
                 .cast::<RawFd>()
                 .write_unaligned(passed.as_raw_fd());
