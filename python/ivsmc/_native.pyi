@@ -1,0 +1,226 @@
+"""The native module: sessions, listeners and devices without the standard library's shapes.
+
+Private: use the package ``ivsmc``. Exceptions are those of the socket module, or those of
+``ivsmc.exceptions``. Timeouts are seconds; None waits for ever, 0.0 does not wait.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal, final, overload
+
+from _typeshed import ReadableBuffer, WriteableBuffer
+
+@final
+class Handle:
+    """A connection that is set up and not yet a ``Stream``; dropping it closes it."""
+
+@final
+class Fallback:
+    """Why a session goes over TCP."""
+
+    @property
+    def name(self) -> str:
+        """Stable name, such as ``PEER_NO_SMC``."""
+    @property
+    def code(self) -> int:
+        """SMC's diagnosis code; the peer's own where it declined."""
+    @property
+    def sentence(self) -> str:
+        """One sentence for people; names the regions that were looked at."""
+    @property
+    def side(self) -> Literal["local", "peer"]:
+        """Whose side it was."""
+
+def connect(
+    family: int,
+    address: tuple[Any, ...],
+    timeout: float | None,
+    source: tuple[Any, ...] | None,
+    device: str | None,
+    require: str | None,
+    buffer: int | None,
+) -> Handle:
+    """Connect to one numeric address: TCP, then the handshake, or plain TCP.
+
+    Raises what a socket's ``connect`` raises (``TimeoutError`` after ``timeout`` seconds), and
+    ``SMCRequired`` where ``require`` is "smc" and it would be plain TCP.
+    """
+
+class Stream:
+    """A connected stream; the methods are those of ``socket.socket``.
+
+    One thread may send while another receives. After ``fork()`` every method raises
+    ``ForkedSession`` in the child.
+    """
+
+    def __new__(cls, handle: Handle) -> Stream:
+        """Take over ``handle``; it cannot be used twice. Blocks without a timeout at first."""
+    @property
+    def family(self) -> int:
+        """Address family of the TCP connection."""
+    @property
+    def type(self) -> int:
+        """``SOCK_STREAM``."""
+    @property
+    def proto(self) -> int:
+        """``IPPROTO_TCP``."""
+    @property
+    def timeout(self) -> float | None:
+        """Seconds a call waits."""
+    @property
+    def closed(self) -> bool:
+        """Whether the stream is closed."""
+    @property
+    def transport(self) -> Literal["smc", "tcp"]:
+        """What the bytes go through: shared memory or TCP."""
+    @property
+    def fallback_reason(self) -> Fallback | None:
+        """Why it is TCP; None on shared memory."""
+    def stats(self) -> dict[str, Any]:
+        """Return counters: bytes each way, wakes, waits, buffer sizes in bytes, device, slots."""
+    def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
+        """Send some of ``data``; return the bytes taken."""
+    def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
+        """Send all of ``data``; the timeout is for the whole call."""
+    def sendmsg(
+        self,
+        buffers: Iterable[ReadableBuffer],
+        ancdata: Iterable[Any] = ...,
+        flags: int = 0,
+        address: Any = None,
+        /,
+    ) -> int:
+        """Send some of ``buffers``, in order; return the bytes taken. ``ancdata`` must be empty."""
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """Receive up to ``bufsize`` bytes; empty at the end of the stream.
+
+        Flags: ``MSG_PEEK``, ``MSG_DONTWAIT``, ``MSG_WAITALL``. ``MSG_OOB`` is refused.
+        """
+    def recv_into(self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0) -> int:
+        """Receive into ``buffer``, at most ``nbytes`` (0: all of it); return the bytes written."""
+    def recvmsg(
+        self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /
+    ) -> tuple[bytes, list[Any], int, Any]:
+        """Receive as ``recv``; return (data, no ancillary data, flags, None)."""
+    def recvmsg_into(
+        self, buffers: Iterable[WriteableBuffer], ancbufsize: int = 0, flags: int = 0, /
+    ) -> tuple[int, list[Any], int, Any]:
+        """Receive into ``buffers`` in order; return (bytes, no ancillary data, flags, None)."""
+    def shutdown(self, how: int, /) -> None:
+        """End one direction or both: ``SHUT_RD``, ``SHUT_WR``, ``SHUT_RDWR``."""
+    def settimeout(self, value: float | None, /) -> None:
+        """Set the seconds a call waits."""
+    def gettimeout(self) -> float | None:
+        """Return the seconds a call waits."""
+    def setblocking(self, flag: bool, /) -> None:
+        """Wait for ever, or not at all."""
+    def getblocking(self) -> bool:
+        """Whether calls wait."""
+    def fileno(self) -> int:
+        """Return a descriptor that tells readiness (poll, level-triggered); -1 when closed.
+
+        It carries no data: never read from it or write to it.
+        """
+    def getpeername(self) -> Any:
+        """Return the peer's address."""
+    def getsockname(self) -> Any:
+        """Return the own address."""
+    @overload
+    def getsockopt(self, level: int, option: int, /) -> int: ...
+    @overload
+    def getsockopt(self, level: int, option: int, buflen: int, /) -> bytes: ...
+    @overload
+    def setsockopt(self, level: int, option: int, value: int | ReadableBuffer, /) -> None: ...
+    @overload
+    def setsockopt(self, level: int, option: int, value: None, optlen: int, /) -> None: ...
+    def _close(self) -> None:
+        """Close; a thread inside another call gets an error and is waited for. Idempotent."""
+
+@final
+class Acceptor:
+    """A listening TCP socket and its entry in every region's directory."""
+
+    def __new__(
+        cls,
+        fd: int,
+        backlog: int,
+        shared: bool,
+        device: str | None,
+        require: str | None,
+        buffer: int | None,
+    ) -> Acceptor:
+        """Take over ``fd``, a listening TCP socket, also when this raises.
+
+        ``shared``: other processes may accept from it too, so hold at most one connection.
+        """
+    @property
+    def family(self) -> int:
+        """``AF_INET`` or ``AF_INET6``."""
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+    def accept(self, timeout: float | None, /) -> tuple[Handle, Any]:
+        """Wait for a connection that is set up; return it and the client's address."""
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while ``accept`` would not wait; -1 when closed."""
+    def getsockname(self) -> Any:
+        """Return the address listened on."""
+    def getsockopt(self, level: int, option: int, buflen: int = 0, /) -> int | bytes:
+        """Read an option of the listening socket."""
+    def setsockopt(
+        self, level: int, option: int, value: int | ReadableBuffer | None, optlen: int = 0, /
+    ) -> None:
+        """Set an option of the listening socket."""
+    def stats(self) -> dict[str, Any]:
+        """Return counters: accepted over each transport, held, refused."""
+    def close(self) -> None:
+        """Stop listening and leave the directories. Idempotent."""
+
+def devices() -> list[dict[str, Any]]:
+    """Return what is found here, one dict a device.
+
+    Keys: ``spec``, ``kind``, ``usable``, ``reason`` (why not, else None), and for a usable one
+    ``region`` (uuid), ``size`` in bytes, ``slot``, ``peers``.
+    """
+
+def open_device(spec: str, /) -> Device:
+    """Attach to the device of ``spec`` now, rather than at the first connect or listen.
+
+    Raises ``DeviceError`` or ``RegionError``, naming the cure.
+    """
+
+@final
+class Device:
+    """One device this process is attached to."""
+
+    @property
+    def spec(self) -> str:
+        """The spec, as given to ``open_device``."""
+    @property
+    def kind(self) -> str:
+        """``local``, ``file`` or ``host``."""
+    def stats(self) -> dict[str, Any]:
+        """Return counters of this process's attachment."""
+    def census(self) -> dict[str, int]:
+        """Return what is in use in the region: slots, listeners, intents, extents, DMBs."""
+    def close(self) -> None:
+        """Let go of the device; the attachment ends with its last session. Idempotent."""
+
+@final
+class Server:
+    """An ivshmem server, speaking QEMU's protocol on the Unix socket ``path``.
+
+    It listens from its construction on. ``size`` is the region's in bytes, ``vectors`` the
+    interrupts of each peer, ``file`` the file that holds the region (None: anonymous memory),
+    ``mode`` the permissions of the socket, which decide who may join.
+    """
+
+    def __new__(
+        cls, path: str, *, size: int, vectors: int, file: str | None = None, mode: int = 0o600
+    ) -> Server: ...
+    def serve(self, poll: float, /) -> None:
+        """Serve clients for at most ``poll`` seconds, running signal handlers; then return."""
+    def close(self) -> None:
+        """Stop: drop the clients and remove the socket. Idempotent."""
+
+def shutdown() -> None:
+    """Detach from every device; for the end of the process. A later connect attaches anew."""

@@ -1,0 +1,17 @@
+"""Timeouts as the socket module takes them."""
+
+import math
+
+__all__ = ["checked_timeout"]
+
+
+def checked_timeout(value: float | None) -> float | None:
+    """Return ``value`` in seconds (None: for ever), or raise as ``socket.settimeout`` does."""
+    if value is None:
+        return None
+    seconds = float(value)
+    if math.isnan(seconds):
+        raise ValueError("Invalid value NaN (not a number)")
+    if seconds < 0:
+        raise ValueError("Timeout value out of range")
+    return seconds
