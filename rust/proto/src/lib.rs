@@ -8,11 +8,21 @@
 
 extern crate alloc;
 
+pub mod allocator;
 pub mod clc;
 pub mod control;
+pub mod directory;
+pub mod dmb;
+pub mod extent;
 pub mod frame;
 #[cfg(any(test, feature = "heap"))]
 pub mod heap;
+pub mod host;
+pub mod intent;
 pub mod ivshmem;
+pub mod layout;
 pub mod memory;
+pub mod reclaim;
+pub mod region;
 pub mod ring;
+pub mod slot;

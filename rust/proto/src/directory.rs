@@ -1,0 +1,241 @@
+//! The listener directory: who accepts connections, where.
+//!
+//! Entries are words in one dense array, so that a lookup, which is part of each connect, is a
+//! scan of words that differ in the port; their details are looked at only where it agrees.
+//!
+//! ```text
+//!   word     state 2 | port 16 | slot 12 | generation (low) 16 | sequence 18
+//!   details  kind and generation, address
+//! ```
+//!
+//! An entry goes `FREE -> WRITING -> LISTENING -> FREE`, each step a compare-exchange of the whole
+//! word by its owner; the last also by whoever reclaims the owner. Freeing raises the sequence, so
+//! that whoever read details between two equal looks at the word read those of one listener.
+
+use crate::host::{Endpoint, HostRecord, Ip};
+use crate::layout::WORD;
+use crate::memory::Memory;
+use crate::region::Region;
+use crate::slot::{SlotRef, SlotState};
+
+/// Shift of the state.
+const STATE_SHIFT: u32 = 62;
+/// Shift of the port.
+const PORT_SHIFT: u32 = 46;
+/// Shift of the slot.
+const SLOT_SHIFT: u32 = 34;
+/// Shift of the generation's low bits.
+const GENERATION_SHIFT: u32 = 18;
+/// Mask of the sequence, lowest in the word.
+const SEQUENCE: u64 = (1 << 18) - 1;
+
+/// The state of an entry that nobody owns.
+const FREE: u64 = 0;
+/// The state of an entry whose details are being written.
+const WRITING: u64 = 1;
+/// The state of an entry to be found.
+const LISTENING: u64 = 2;
+
+/// Offset of kind and generation in the details.
+const KIND: u64 = 0;
+/// Offset of the address in the details, two words.
+const ADDRESS: u64 = 8;
+/// Shift of the generation over the kind.
+const KIND_BITS: u32 = 8;
+
+/// What a listener is bound to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Bound {
+    /// 0.0.0.0
+    Any4,
+    /// :: for v6 only
+    Any6,
+    /// :: for v4 and v6
+    AnyDual,
+    /// One address.
+    One(Ip),
+}
+
+impl Bound {
+    /// Kind and address as the details have them.
+    fn encode(self) -> (u64, [u64; 2]) {
+        match self {
+            Bound::Any4 => (1, [0, 0]),
+            Bound::Any6 => (2, [0, 0]),
+            Bound::AnyDual => (3, [0, 0]),
+            Bound::One(ip) => (4, ip.to_words()),
+        }
+    }
+
+    /// What the details say, if it is known.
+    fn decode(kind: u64, address: [u64; 2]) -> Option<Bound> {
+        match kind {
+            1 => Some(Bound::Any4),
+            2 => Some(Bound::Any6),
+            3 => Some(Bound::AnyDual),
+            4 => Some(Bound::One(Ip::from_words(address))),
+            _ => None,
+        }
+    }
+
+    /// Whether connections to `ip` reach a listener bound so, on a host that has `ip`.
+    fn takes(self, ip: Ip) -> bool {
+        match self {
+            Bound::Any4 => ip.is_v4(),
+            Bound::Any6 => !ip.is_v4(),
+            Bound::AnyDual => true,
+            Bound::One(own) => own == ip,
+        }
+    }
+}
+
+/// An entry of the caller's in the directory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ListenerEntry {
+    /// Number of the entry.
+    index: u32,
+    /// Its word while it listens.
+    word: u64,
+}
+
+/// The word that stands for `owner` in an entry, whatever its state and port.
+fn owner_bits(owner: SlotRef) -> u64 {
+    u64::from(owner.index) << SLOT_SHIFT
+        | (u64::from(owner.generation) & 0xffff) << GENERATION_SHIFT
+}
+
+/// The mask of [`owner_bits`].
+const OWNER: u64 = 0xfff << SLOT_SHIFT | 0xffff << GENERATION_SHIFT;
+
+/// The word of the free entry that follows `word`.
+fn freed(word: u64) -> u64 {
+    word.wrapping_add(1) & SEQUENCE
+}
+
+impl<M: Memory> Region<M> {
+    /// Enters a listener of `owner`, the caller, whose record must have been written. `None` if
+    /// the directory is full, or the owner is dead.
+    pub fn register_listener(
+        &self,
+        owner: SlotRef,
+        bound: Bound,
+        port: u16,
+    ) -> Option<ListenerEntry> {
+        for index in 0..self.geometry().directory_entries() {
+            let at = self.geometry().directory_word(index);
+            let free = self.word(at);
+            if free >> STATE_SHIFT != FREE {
+                continue;
+            }
+            let identity = u64::from(port) << PORT_SHIFT | owner_bits(owner) | free & SEQUENCE;
+            let writing = WRITING << STATE_SHIFT | identity;
+            if !self.replace(at, free, writing) {
+                continue;
+            }
+            // Pairs with the fence in `reclaim`: either it finds the entry, or we find us dead.
+            self.memory().fence();
+            if !self.is_live(owner) {
+                self.replace(at, writing, freed(writing));
+                return None;
+            }
+            let detail = self.geometry().directory_detail(index);
+            let (kind, address) = bound.encode();
+            self.set_word(detail + KIND, u64::from(owner.generation) << KIND_BITS | kind);
+            self.set_word(detail + ADDRESS, address[0]);
+            self.set_word(detail + ADDRESS + WORD, address[1]);
+            let word = LISTENING << STATE_SHIFT | identity;
+            return self.replace(at, writing, word).then_some(ListenerEntry { index, word });
+        }
+        None
+    }
+
+    /// Takes a listener out. Whether it was still there.
+    pub fn unregister_listener(&self, entry: ListenerEntry) -> bool {
+        let at = self.geometry().directory_word(entry.index);
+        self.replace(at, entry.word, freed(entry.word))
+    }
+
+    /// A live peer that accepts connections to `dest` made by the host of `me`.
+    ///
+    /// A destination local to `me` (loopback, or an address of its own) is served only by peers of
+    /// the same host identity, since every host has the like; any other by a listener bound to it,
+    /// or by one bound to a wildcard whose host has the address. Link-local ones by nobody.
+    pub fn find_listener(&self, dest: Endpoint, me: &HostRecord) -> Option<SlotRef> {
+        let ip = dest.ip.as_destination();
+        if ip.is_link_local() {
+            return None;
+        }
+        let local = ip.is_loopback() || me.addresses().contains(&ip);
+        let wanted = LISTENING << (STATE_SHIFT - PORT_SHIFT) | u64::from(dest.port);
+        let words = self.geometry().directory_word(0);
+        for index in 0..self.geometry().directory_entries() {
+            let word = self.word(words + u64::from(index) * WORD);
+            if word >> PORT_SHIFT != wanted {
+                continue;
+            }
+            let Some((owner, bound)) = self.listener(index, word) else {
+                continue;
+            };
+            if !bound.takes(ip) {
+                continue;
+            }
+            let serves = match (local, bound) {
+                (false, Bound::One(_)) => true,
+                _ => self.host_record(owner.index).is_some_and(|host| {
+                    if local {
+                        host.identity == me.identity
+                    } else {
+                        host.addresses().contains(&ip)
+                    }
+                }),
+            };
+            // The record was that of the slot's live owner: this one, if it still lives.
+            if serves && self.is_live(owner) {
+                return Some(owner);
+            }
+        }
+        None
+    }
+
+    /// Owner and binding of the entry with this word, if it stands still and its owner lives.
+    fn listener(&self, index: u32, word: u64) -> Option<(SlotRef, Bound)> {
+        let slot = u16::try_from(word >> SLOT_SHIFT & 0xfff).ok()?;
+        if slot >= self.geometry().slots() {
+            return None;
+        }
+        let SlotState::Live { at: owner, .. } = self.slot_state(slot) else {
+            return None;
+        };
+        let detail = self.geometry().directory_detail(index);
+        let kind = self.word(detail + KIND);
+        let address = [self.word(detail + ADDRESS), self.word(detail + ADDRESS + WORD)];
+        let still = self.word(self.geometry().directory_word(index)) == word;
+        if !still
+            || word & OWNER != owner_bits(owner)
+            || kind >> KIND_BITS != u64::from(owner.generation)
+        {
+            return None;
+        }
+        Bound::decode(kind & ((1 << KIND_BITS) - 1), address).map(|bound| (owner, bound))
+    }
+
+    /// Frees the entries of `dead`; how many this call freed.
+    pub(crate) fn reclaim_listeners(&self, dead: SlotRef) -> u32 {
+        let frees = |index| {
+            let at = self.geometry().directory_word(index);
+            let word = self.word(at);
+            word >> STATE_SHIFT != FREE
+                && word & OWNER == owner_bits(dead)
+                && self.replace(at, word, freed(word))
+        };
+        (0..self.geometry().directory_entries()).map(|index| u32::from(frees(index))).sum()
+    }
+
+    /// Entries that somebody owns.
+    pub(crate) fn count_listeners(&self) -> u32 {
+        (0..self.geometry().directory_entries())
+            .map(|index| self.word(self.geometry().directory_word(index)) >> STATE_SHIFT)
+            .map(|state| u32::from(state != FREE))
+            .sum()
+    }
+}

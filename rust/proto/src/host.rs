@@ -1,0 +1,265 @@
+//! Host records: where a peer runs and which addresses reach it; canonical addresses.
+//!
+//! A record is written by its slot's owner only, under a sequence word that carries the slot's
+//! generation and is odd while the record changes. A reader tries a bounded number of times; a
+//! record left odd by a killed owner, or of an earlier generation, counts as none.
+
+use alloc::vec::Vec;
+use core::fmt;
+use core::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use crate::layout::WORD;
+use crate::memory::Memory;
+use crate::region::Region;
+use crate::slot::{SlotRef, SlotState};
+
+/// The most addresses in a record; further ones are left out.
+pub const MAX_ADDRESSES: usize = 32;
+
+/// Offset of the sequence word: generation above [`SEQUENCE_BITS`], odd while being written.
+const SEQUENCE: u64 = 0;
+/// Bits of the sequence.
+const SEQUENCE_BITS: u32 = 38;
+/// Offset of the boot id, two words, low half first.
+const BOOT: u64 = 8;
+/// Offset of the network namespace's cookie.
+const NETNS: u64 = 24;
+/// Offset of the ivposition.
+const IVPOSITION: u64 = 32;
+/// Offset of the number of addresses.
+const COUNT: u64 = 40;
+/// Offset of the addresses, two words each.
+const ADDRESSES: u64 = 64;
+
+/// How often a reader tries to find a record at rest.
+const TRIES: usize = 8;
+
+/// An address in canonical form: v4 as `::ffff:a.b.c.d`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ip([u8; 16]);
+
+impl Ip {
+    /// 127.0.0.1
+    const LOOPBACK4: Ip = Ip([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1]);
+    /// ::1
+    const LOOPBACK6: Ip = Ip([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+
+    /// The address as sixteen bytes, network order.
+    #[must_use]
+    pub fn octets(self) -> [u8; 16] {
+        self.0
+    }
+
+    /// The four bytes of a v4 address.
+    fn v4(self) -> Option<[u8; 4]> {
+        match self.0 {
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => Some([a, b, c, d]),
+            _ => None,
+        }
+    }
+
+    /// Whether this is a v4 address.
+    #[must_use]
+    pub fn is_v4(self) -> bool {
+        self.v4().is_some()
+    }
+
+    /// Whether this is 127/8 or ::1.
+    #[must_use]
+    pub fn is_loopback(self) -> bool {
+        self == Ip::LOOPBACK6 || matches!(self.v4(), Some([127, ..]))
+    }
+
+    /// Whether this is 169.254/16 or fe80::/10: means another host behind each interface.
+    #[must_use]
+    pub fn is_link_local(self) -> bool {
+        matches!(self.v4(), Some([169, 254, ..])) || (self.0[0] == 0xfe && self.0[1] & 0xc0 == 0x80)
+    }
+
+    /// The address that a connect to this one goes to: 0.0.0.0 and :: mean loopback.
+    #[must_use]
+    pub fn as_destination(self) -> Ip {
+        match self.v4() {
+            Some([0, 0, 0, 0]) => Ip::LOOPBACK4,
+            None if self.0 == [0; 16] => Ip::LOOPBACK6,
+            _ => self,
+        }
+    }
+
+    /// The address as two words.
+    pub(crate) fn to_words(self) -> [u64; 2] {
+        let number = u128::from_le_bytes(self.0);
+        [low(number), low(number >> 64)]
+    }
+
+    /// The address of two words.
+    pub(crate) fn from_words(words: [u64; 2]) -> Ip {
+        Ip(join(words).to_le_bytes())
+    }
+}
+
+impl From<IpAddr> for Ip {
+    fn from(address: IpAddr) -> Ip {
+        match address {
+            IpAddr::V4(v4) => Ip(v4.to_ipv6_mapped().octets()),
+            IpAddr::V6(v6) => Ip(v6.octets()),
+        }
+    }
+}
+
+impl From<Ip> for IpAddr {
+    fn from(ip: Ip) -> IpAddr {
+        Ipv6Addr::from(ip.0).to_canonical()
+    }
+}
+
+impl fmt::Display for Ip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        IpAddr::from(*self).fmt(f)
+    }
+}
+
+impl fmt::Debug for Ip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// One end of a TCP connection.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Endpoint {
+    /// Its address.
+    pub ip: Ip,
+    /// Its port.
+    pub port: u16,
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(address: SocketAddr) -> Endpoint {
+        Endpoint { ip: address.ip().into(), port: address.port() }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        SocketAddr::from((IpAddr::from(self.ip), self.port)).fmt(f)
+    }
+}
+
+/// Where a peer runs. Two peers reach each other over loopback only if theirs are equal.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct HostIdentity {
+    /// Id of the boot of its kernel.
+    pub boot: u128,
+    /// Cookie of its network namespace.
+    pub netns: u64,
+    /// Its ivposition: kernels restored from one snapshot have the same boot id.
+    pub ivposition: u16,
+}
+
+/// Where a peer runs and its addresses.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostRecord {
+    /// Where it runs.
+    pub identity: HostIdentity,
+    /// The addresses of its interfaces, at most [`MAX_ADDRESSES`].
+    addresses: Vec<Ip>,
+}
+
+impl HostRecord {
+    /// A record with the first [`MAX_ADDRESSES`] of these addresses.
+    #[must_use]
+    pub fn new(identity: HostIdentity, addresses: &[Ip]) -> HostRecord {
+        let addresses = addresses.iter().copied().take(MAX_ADDRESSES).collect();
+        HostRecord { identity, addresses }
+    }
+
+    /// The addresses of its interfaces.
+    #[must_use]
+    pub fn addresses(&self) -> &[Ip] {
+        &self.addresses
+    }
+}
+
+impl<M: Memory> Region<M> {
+    /// Writes the record of `at`, the caller; one thread at a time.
+    ///
+    /// # Panics
+    /// If there is no such slot.
+    pub fn write_host_record(&self, at: SlotRef, record: &HostRecord) {
+        assert!(at.index < self.geometry().slots(), "slot {at}");
+        let base = self.geometry().host_record(at.index);
+        let generation = u64::from(at.generation) << SEQUENCE_BITS;
+        let within = |sequence: u64| sequence & ((1 << SEQUENCE_BITS) - 1);
+        // An even number of this generation, whatever an earlier owner left there.
+        let found = self.word(base + SEQUENCE) & !1;
+        self.set_word(base + SEQUENCE, generation | within(found | 1));
+        // Each store below is a Release one: none is seen before the odd sequence.
+        self.set_word(base + BOOT, low(record.identity.boot));
+        self.set_word(base + BOOT + WORD, low(record.identity.boot >> 64));
+        self.set_word(base + NETNS, record.identity.netns);
+        self.set_word(base + IVPOSITION, u64::from(record.identity.ivposition));
+        self.set_word(base + COUNT, record.addresses.len() as u64);
+        let words = record.addresses.iter().flat_map(|ip| ip.to_words());
+        for (at, word) in (base + ADDRESSES..).step_by(8).zip(words) {
+            self.set_word(at, word);
+        }
+        // Pairs with the first load in `host_record`.
+        self.set_word(base + SEQUENCE, generation | within(found.wrapping_add(2)));
+    }
+
+    /// The record of the live owner of slot `index`, if it has written one and lets it rest.
+    pub fn host_record(&self, index: u16) -> Option<HostRecord> {
+        if index >= self.geometry().slots() {
+            return None;
+        }
+        let SlotState::Live { at, .. } = self.slot_state(index) else {
+            return None;
+        };
+        let base = self.geometry().host_record(index);
+        for _ in 0..TRIES {
+            let before = self.word(base + SEQUENCE);
+            if before >> SEQUENCE_BITS != u64::from(at.generation) || before & 1 != 0 {
+                core::hint::spin_loop();
+                continue;
+            }
+            let record = self.read_record(base);
+            // The loads of the record are Acquire ones: this one cannot come before them, and who
+            // saw a word of a later write sees its odd sequence here.
+            if self.word(base + SEQUENCE) == before {
+                return record;
+            }
+        }
+        None
+    }
+
+    /// Reads a record that may change meanwhile. `None` if it is none.
+    fn read_record(&self, base: u64) -> Option<HostRecord> {
+        let identity = HostIdentity {
+            boot: join([self.word(base + BOOT), self.word(base + BOOT + WORD)]),
+            netns: self.word(base + NETNS),
+            ivposition: u16::try_from(self.word(base + IVPOSITION)).ok()?,
+        };
+        let count = usize::try_from(self.word(base + COUNT)).ok()?;
+        if count > MAX_ADDRESSES {
+            return None;
+        }
+        let addresses = (base + ADDRESSES..)
+            .step_by(16)
+            .take(count)
+            .map(|at| Ip::from_words([self.word(at), self.word(at + WORD)]))
+            .collect();
+        Some(HostRecord { identity, addresses })
+    }
+}
+
+/// The low half of a number.
+#[allow(clippy::cast_possible_truncation)] // That is what it is for.
+fn low(number: u128) -> u64 {
+    number as u64
+}
+
+/// The number of two words, low half first.
+fn join([low, high]: [u64; 2]) -> u128 {
+    u128::from(high) << 64 | u128::from(low)
+}
