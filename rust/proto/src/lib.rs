@@ -21,6 +21,7 @@ pub mod host;
 pub mod intent;
 pub mod ivshmem;
 pub mod layout;
+pub mod marker;
 pub mod memory;
 pub mod reclaim;
 pub mod region;
