@@ -1,0 +1,90 @@
+//! One client of the ivshmem server, and what it is sent.
+//!
+//! Nothing here waits: a client that does not read is behind, and that is its own affair. What a
+//! client sends is never read; it may fill its own socket's buffer.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
+
+use ivsmc_proto::ivshmem::Descriptor;
+use ivsmc_shm::errno;
+use ivsmc_shm::fd::Fd;
+use ivsmc_shm::net::{self, Credentials};
+use ivsmc_shm::poll::EventFd;
+
+use super::outbox::Outbox;
+
+/// The eventfds of every client, by id: one for each vector, to receive on and to send on.
+pub(super) type EventFds = BTreeMap<u16, Vec<EventFd>>;
+
+/// A socket's account of unread messages below this is none at all: an unread message counts with
+/// the kernel's own overhead (several hundred bytes), and one that is just being read with 1.
+const NOTHING_UNREAD: usize = 256;
+
+/// A connected client.
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) socket: Fd,
+    /// Who connected, as the kernel says; absent if it does not.
+    pub(super) credentials: Option<Credentials>,
+    pub(super) since: Instant,
+    pub(super) outbox: Outbox,
+    /// Tells this client apart from others that had its id before.
+    pub(super) serial: u64,
+}
+
+/// How far sending got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flushed {
+    /// As far as it can go before the client reads or ends; its socket tells when.
+    Done,
+    /// The kernel has no room for reasons beyond this client; nothing tells when it has again.
+    Retry,
+}
+
+impl Client {
+    /// Sends what may be sent now.
+    pub(super) fn flush(&mut self, region: BorrowedFd<'_>, eventfds: &EventFds) -> Flushed {
+        while let Some(message) = self.outbox.next() {
+            if self.outbox.is_window_full() {
+                if !self.has_read_all() {
+                    return Flushed::Done;
+                }
+                self.outbox.all_read();
+            }
+            let descriptor = match message.descriptor {
+                Descriptor::None => None,
+                Descriptor::Region => Some(region),
+                Descriptor::Vector { peer, vector } => {
+                    let eventfd = eventfds.get(&peer).and_then(|all| all.get(usize::from(vector)));
+                    let Some(eventfd) = eventfd else {
+                        // Whoever has no eventfds has left.
+                        self.outbox.left(peer);
+                        continue;
+                    };
+                    Some(eventfd.as_fd())
+                }
+            };
+            match net::send_with_fd(&self.socket, &message.to_bytes(), descriptor) {
+                Ok(_) => self.outbox.sent(),
+                Err(error) => match error.raw_os_error() {
+                    Some(errno::EINTR) => {}
+                    Some(errno::EAGAIN) => return Flushed::Done,
+                    Some(errno::EPIPE | errno::ECONNRESET) => {
+                        // It has ended; its socket tells so, and then it is taken care of.
+                        self.outbox.clear();
+                        return Flushed::Done;
+                    }
+                    // ETOOMANYREFS: other processes of this user keep too many in flight.
+                    _ => return Flushed::Retry,
+                },
+            }
+        }
+        Flushed::Done
+    }
+
+    fn has_read_all(&self) -> bool {
+        net::unsent_bytes(&self.socket).is_ok_and(|unread| unread < NOTHING_UNREAD)
+    }
+}

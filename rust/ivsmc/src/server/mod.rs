@@ -1,0 +1,574 @@
+//! An ivshmem server: hands a region, ids and eventfds to virtual machines and host processes.
+//!
+//! It speaks the protocol of QEMU's own (`docs/specs/ivshmem-spec.rst`), so any QEMU with an
+//! `ivshmem-doorbell` device and any `host:` device can be its client. What it promises beyond
+//! that one:
+//!
+//! * **It says who is dead.** When a client's socket ends, everything that names the client's id
+//!   as its prover is marked dead and taken back in the region; then the others are told and their
+//!   vector 0 is rung; only then the id can be given out again. The region says that such a server
+//!   is there for as long as it is (`ivsmc_proto::marker`).
+//! * **No client holds up another.** Nothing waits for a client. One that does not read is only
+//!   behind: it costs a bounded number of descriptors in flight and a few bytes for each id
+//!   ([`outbox`]), and gets what still matters when it reads again.
+//! * **Memory is there.** The region is reserved whole; a memfd is sealed, so that no client can
+//!   take it away from under another.
+//!
+//! ```text
+//!   clients --connect--> Socket --accept--> Client --Outbox--> version, id, region, vectors ...
+//!                                              |
+//!                                     its end  +--> Memory: mark dead, reclaim --> other Outboxes
+//! ```
+//!
+//! One thread, the caller's of [`Server::serve`], does all of it.
+
+mod client;
+mod ids;
+mod memory;
+mod outbox;
+mod socket;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::time::{Duration, Instant};
+
+use ivsmc_proto::ivshmem::MAX_VECTORS;
+use ivsmc_shm::fd::Fd;
+use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
+use ivsmc_shm::{errno, fork, net};
+
+use self::client::{Client, EventFds, Flushed};
+use self::ids::Ids;
+use self::memory::Memory;
+use self::outbox::Outbox;
+use self::socket::Socket;
+use crate::host::Host;
+use crate::reactor::lock;
+use crate::{Error, Result};
+
+pub use self::ids::IdOrder;
+pub use self::memory::Backing;
+
+/// Clients there can be: as many as there are ids.
+const MAX_CLIENTS: usize = 1 << 16;
+/// When to send again after the kernel had no room for reasons beyond a client.
+const RETRY: Duration = Duration::from_millis(100);
+/// When to accept again after even refusing was not possible.
+const RESUME: Duration = Duration::from_secs(1);
+/// Connections accepted before others get a turn.
+const ACCEPTS: usize = 64;
+
+/// Keys of the epoll; those of clients are above (`serial << 16 | id`, serial from 1).
+const STOP: u64 = 0;
+const LISTENER: u64 = 1;
+
+/// How an ivshmem server is to be.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Where clients connect: a path of at most 107 bytes. A dead server's socket there is
+    /// replaced, a live one's is an error.
+    pub path: PathBuf,
+    /// Permissions of the socket; who may write it may join. Default 0600.
+    pub mode: u32,
+    /// The shared memory. Default: a memfd of 64 MiB.
+    pub backing: Backing,
+    /// Eventfds of each client, 1..=256; QEMU's `vectors=` must be at least that. Default 1, as
+    /// QEMU's.
+    pub vectors: u16,
+    /// Default: the lowest that is free.
+    pub ids: IdOrder,
+    /// More clients than this are turned away, 1..=65536. Default 65536; descriptors may end
+    /// sooner: each client takes one, and one for each vector.
+    pub max_clients: usize,
+}
+
+impl ServerOptions {
+    /// The defaults, at `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            mode: 0o600,
+            backing: Backing::Memfd { size: 64 << 20 },
+            vectors: 1,
+            ids: IdOrder::default(),
+            max_clients: MAX_CLIENTS,
+        }
+    }
+
+    fn judge(&self) -> Result<()> {
+        let wrong = |what: String| Err(Error::ApiMisuse(what));
+        if !(1..=MAX_VECTORS).contains(&self.vectors) {
+            return wrong(format!("vectors={}: 1 to {MAX_VECTORS} are possible", self.vectors));
+        }
+        if !(1..=MAX_CLIENTS).contains(&self.max_clients) {
+            return wrong(format!(
+                "max_clients={}: 1 to {MAX_CLIENTS} are possible",
+                self.max_clients
+            ));
+        }
+        if self.mode & !0o777 != 0 {
+            return wrong(format!("mode={:#o}: 0 to 0o777 are permissions", self.mode));
+        }
+        Ok(())
+    }
+}
+
+/// What happened to an ivshmem server, for its log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A client has joined.
+    Joined {
+        /// Its id.
+        id: u16,
+        /// Its process; absent or 0 if the kernel does not tell.
+        pid: Option<i32>,
+        /// Its user.
+        uid: Option<u32>,
+    },
+    /// A client has left.
+    Left {
+        /// Its id.
+        id: u16,
+        /// Peer slots that were marked dead with it; 0 if it had given them up by itself.
+        slots: usize,
+    },
+    /// A newcomer was turned away.
+    Refused {
+        /// Why, and what mends it.
+        reason: String,
+    },
+    /// Nobody can join for a moment.
+    Paused {
+        /// Why, and what mends it.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Joined { id, pid: Some(pid), uid: Some(uid) } => {
+                write!(f, "peer {id} joined (process {pid}, user {uid})")
+            }
+            Self::Joined { id, .. } => write!(f, "peer {id} joined"),
+            Self::Left { id, slots: 0 } => write!(f, "peer {id} left"),
+            Self::Left { id, slots } => {
+                write!(f, "peer {id} left, {slots} of its slots marked dead")
+            }
+            Self::Refused { reason } => write!(f, "a newcomer was turned away: {reason}"),
+            Self::Paused { reason } => write!(f, "nobody can join for a moment: {reason}"),
+        }
+    }
+}
+
+/// One client as [`Server::status`] shows it.
+#[derive(Clone, Debug)]
+pub struct ClientStatus {
+    /// Its id.
+    pub id: u16,
+    /// Its process; absent or 0 if the kernel does not tell.
+    pub pid: Option<i32>,
+    /// Its user.
+    pub uid: Option<u32>,
+    /// How long it has been there.
+    pub age: Duration,
+    /// Things it has not been told yet because it does not read.
+    pub behind: usize,
+}
+
+/// An ivshmem server at one moment.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Where clients connect.
+    pub path: PathBuf,
+    /// The region's file; absent for a memfd.
+    pub file: Option<PathBuf>,
+    /// Names the region.
+    pub uuid: u128,
+    /// Bytes of the region.
+    pub size: u64,
+    /// Eventfds of each client.
+    pub vectors: u16,
+    /// By id.
+    pub clients: Vec<ClientStatus>,
+    /// Ids that are not given out because slots in the region still name them, and no client of
+    /// this ivshmem server has them: of clients of an earlier one on the same file.
+    pub held_ids: Vec<u16>,
+    /// Clients that have joined since the start.
+    pub joined: u64,
+    /// Clients that have left since the start.
+    pub left: u64,
+    /// Newcomers turned away since the start.
+    pub refused: u64,
+}
+
+/// An ivshmem server: listening, and handing out its region while [`Server::serve`] runs.
+///
+/// Dropping it ends it: the socket's name goes, clients see the end of their connections and keep
+/// the region and each other. In a forked child it does nothing.
+#[derive(Debug)]
+pub struct Server {
+    options: ServerOptions,
+    epoll: Epoll,
+    stop: Arc<EventFd>,
+    socket: Socket,
+    memory: Memory,
+    state: Mutex<State>,
+    /// Held by the thread that serves.
+    serving: Mutex<()>,
+    generation: u32,
+}
+
+/// What changes while serving.
+#[derive(Debug)]
+struct State {
+    clients: BTreeMap<u16, Client>,
+    /// Of the same ids.
+    eventfds: EventFds,
+    ids: Ids,
+    /// Given up for a moment to turn a newcomer away when there are no more descriptors.
+    spare: Option<EventFd>,
+    next_serial: u64,
+    /// When to send again.
+    retry: Option<Instant>,
+    /// When to accept again.
+    resume: Option<Instant>,
+    joined: u64,
+    left: u64,
+    refused: u64,
+}
+
+/// Ends [`Server::serve`], from any thread.
+#[derive(Clone, Debug)]
+pub struct ServerHandle(Arc<EventFd>);
+
+impl ServerHandle {
+    /// Makes [`Server::serve`] return soon; if it does not run now, then its next call at once.
+    pub fn stop(&self) {
+        // Fails only in a forked child, where there is nothing to stop.
+        let _ = self.0.notify();
+    }
+}
+
+impl Server {
+    /// Makes the region and listens; clients wait until [`Server::serve`].
+    ///
+    /// # Errors
+    /// [`Error::ApiMisuse`] for options that cannot be; [`Error::Device`] if the path or the
+    /// memory cannot be had, [`Error::Region`] if the file holds something else.
+    pub fn new(options: ServerOptions) -> Result<Self> {
+        options.judge()?;
+        // The socket first: of the two it is the one that is often refused, and leaves nothing.
+        let socket = Socket::bind(&options.path, options.mode)?;
+        let memory = Memory::new(&options.backing)?;
+        let server = Self {
+            epoll: Epoll::new()?,
+            stop: Arc::new(EventFd::new()?),
+            socket,
+            memory,
+            state: Mutex::new(State {
+                clients: BTreeMap::new(),
+                eventfds: EventFds::new(),
+                ids: Ids::new(options.ids),
+                spare: Some(EventFd::new()?),
+                next_serial: 1,
+                retry: None,
+                resume: None,
+                joined: 0,
+                left: 0,
+                refused: 0,
+            }),
+            serving: Mutex::new(()),
+            generation: fork::generation(),
+            options,
+        };
+        server.epoll.add(&*server.stop, poll::IN, STOP)?;
+        server.epoll.add(&server.socket, poll::IN, LISTENER)?;
+        Ok(server)
+    }
+
+    /// Ends [`Server::serve`] from elsewhere.
+    pub fn handle(&self) -> ServerHandle {
+        ServerHandle(Arc::clone(&self.stop))
+    }
+
+    /// Where clients connect.
+    pub fn path(&self) -> &Path {
+        self.socket.path()
+    }
+
+    /// Serves until [`ServerHandle::stop`], and tells `on_event` what happens.
+    ///
+    /// Clients stay connected when it returns, and are served on when it is called again.
+    ///
+    /// # Errors
+    /// Whatever [`Host::interrupted`] gives after a signal; [`Error::ApiMisuse`] if another thread
+    /// is serving, [`Error::Forked`] in a forked child, [`Error::Os`] if waiting fails.
+    pub fn serve(&self, host: &impl Host, mut on_event: impl FnMut(Event)) -> Result<()> {
+        self.judge_process()?;
+        let _serving = match self.serving.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::ApiMisuse("this ivshmem server is being served already".into()))
+            }
+        };
+        let mut ready = [EpollEvent::default(); 64];
+        let mut events = Vec::new();
+        loop {
+            let timeout = lock(&self.state)
+                .next_look()
+                .map(|when| when.saturating_duration_since(Instant::now()));
+            let waited = host.blocking(|| self.epoll.wait(&mut ready, timeout));
+            let ready = match waited {
+                Ok(count) => &ready[..count],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                    host.interrupted()?;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let stopped = self.turn(ready, &mut events);
+            events.drain(..).for_each(&mut on_event);
+            if stopped {
+                return Ok(());
+            }
+        }
+    }
+
+    /// What there is now.
+    ///
+    /// # Errors
+    /// [`Error::Forked`] in a forked child.
+    pub fn status(&self) -> Result<Status> {
+        self.judge_process()?;
+        let state = lock(&self.state);
+        let region = self.memory.region();
+        let held: BTreeSet<u16> =
+            self.memory.named_ids().filter(|id| !state.clients.contains_key(id)).collect();
+        Ok(Status {
+            path: self.path().to_owned(),
+            file: match &self.options.backing {
+                Backing::Memfd { .. } => None,
+                Backing::File { path, .. } => Some(path.clone()),
+            },
+            uuid: region.uuid(),
+            size: region.geometry().size(),
+            vectors: self.options.vectors,
+            clients: state
+                .clients
+                .iter()
+                .map(|(&id, client)| ClientStatus {
+                    id,
+                    pid: client.credentials.map(|who| who.pid),
+                    uid: client.credentials.map(|who| who.uid),
+                    age: client.since.elapsed(),
+                    behind: client.outbox.len(),
+                })
+                .collect(),
+            held_ids: held.into_iter().collect(),
+            joined: state.joined,
+            left: state.left,
+            refused: state.refused,
+        })
+    }
+
+    fn judge_process(&self) -> Result<()> {
+        if fork::is_current(self.generation) {
+            Ok(())
+        } else {
+            Err(Error::Forked)
+        }
+    }
+
+    /// Handles what is ready; whether to stop.
+    fn turn(&self, ready: &[EpollEvent], events: &mut Vec<Event>) -> bool {
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        let (mut stopped, mut newcomers) = (false, false);
+        for event in ready {
+            match event.key() {
+                STOP => stopped = true,
+                LISTENER => newcomers = true,
+                key => self.client_ready(state, key, event.events(), events),
+            }
+        }
+        let now = Instant::now();
+        if state.retry.is_some_and(|when| when <= now) {
+            state.retry = None;
+            self.flush_all(state);
+        }
+        if state.resume.is_some_and(|when| when <= now) {
+            state.resume = None;
+            newcomers = self.epoll.modify(&self.socket, poll::IN, LISTENER).is_ok();
+        }
+        // After the leavers, whose ids and descriptors may be needed.
+        if newcomers && state.resume.is_none() {
+            self.accept(state, events);
+        }
+        if stopped {
+            // It is drained by the call that obeys it.
+            let _ = self.stop.drain();
+        }
+        stopped
+    }
+
+    /// A client has read, or has ended.
+    fn client_ready(&self, state: &mut State, key: u64, found: u32, events: &mut Vec<Event>) {
+        #[allow(clippy::cast_possible_truncation)] // the low 16 bits are the id
+        let id = key as u16;
+        let Some(client) = state.clients.get_mut(&id).filter(|client| client.serial == key >> 16)
+        else {
+            return;
+        };
+        if found & (poll::HUP | poll::ERR) != 0 {
+            self.leave(state, id, events);
+        } else if client.flush(self.memory.shared(), &state.eventfds) == Flushed::Retry {
+            state.retry_soon();
+        }
+    }
+
+    /// Takes the client `id`, whose socket has ended, out.
+    fn leave(&self, state: &mut State, id: u16, events: &mut Vec<Event>) {
+        let Some(client) = state.clients.remove(&id) else { return };
+        // Closing would do, were the socket not shared with a child that is being forked.
+        let _ = self.epoll.remove(&client.socket);
+        drop(client);
+        // Before anybody can be told or be given this id: what it held in the region is nobody's.
+        let slots = self.memory.mark_leaver(id);
+        state.eventfds.remove(&id);
+        for other in state.clients.values_mut() {
+            other.outbox.left(id);
+        }
+        self.flush_all(state);
+        if slots > 0 {
+            for vectors in state.eventfds.values() {
+                // Whoever sleeps looks whether those it talks to still live. A full counter wakes too.
+                let _ = vectors.first().map(EventFd::notify);
+            }
+        }
+        state.left += 1;
+        events.push(Event::Left { id, slots });
+    }
+
+    fn flush_all(&self, state: &mut State) {
+        let mut retry = false;
+        for client in state.clients.values_mut() {
+            retry |= client.flush(self.memory.shared(), &state.eventfds) == Flushed::Retry;
+        }
+        if retry {
+            state.retry_soon();
+        }
+    }
+
+    /// Takes newcomers in.
+    fn accept(&self, state: &mut State, events: &mut Vec<Event>) {
+        for _ in 0..ACCEPTS {
+            let refusal = match self.socket.accept() {
+                Ok(socket) => self.join(state, socket, events).err(),
+                Err(error) => match error.raw_os_error() {
+                    Some(errno::EAGAIN) => return,
+                    Some(errno::EINTR | errno::ECONNABORTED) => None,
+                    Some(errno::EMFILE | errno::ENFILE) => match self.turn_away(state) {
+                        Ok(true) => Some(descriptors_ended(&error)),
+                        Ok(false) => return,
+                        Err(()) => return self.pause(state, descriptors_ended(&error), events),
+                    },
+                    _ => return self.pause(state, error.to_string(), events),
+                },
+            };
+            if let Some(reason) = refusal {
+                state.refused += 1;
+                events.push(Event::Refused { reason });
+            }
+        }
+    }
+
+    /// Ends the connection of the next newcomer, for whom there is no descriptor: a clear answer
+    /// is better than one that never comes. Whether there was a newcomer; an error if it
+    /// cannot even be turned away.
+    fn turn_away(&self, state: &mut State) -> Result<bool, ()> {
+        drop(state.spare.take().ok_or(())?);
+        let accepted = self.socket.accept();
+        let refused = accepted.is_ok();
+        let error = accepted.err().and_then(|error| error.raw_os_error());
+        // Another thread may have been faster to take the descriptor; then the next time pauses.
+        state.spare = EventFd::new().ok();
+        match error {
+            Some(errno::EMFILE | errno::ENFILE) => Err(()),
+            _ => Ok(refused),
+        }
+    }
+
+    /// Accepts nobody for a while.
+    fn pause(&self, state: &mut State, reason: String, events: &mut Vec<Event>) {
+        if state.spare.is_none() {
+            state.spare = EventFd::new().ok();
+        }
+        // The listener would be reported as ready again and again.
+        if self.epoll.modify(&self.socket, 0, LISTENER).is_ok() {
+            state.resume = Some(Instant::now() + RESUME);
+            events.push(Event::Paused { reason });
+        }
+    }
+
+    /// Takes a newcomer in, or says why it cannot be.
+    fn join(&self, state: &mut State, socket: Fd, events: &mut Vec<Event>) -> Result<(), String> {
+        let count = state.clients.len();
+        if count >= self.options.max_clients {
+            return Err(format!("{count} clients are there, as many as may be (max_clients)"));
+        }
+        let vectors = (0..self.options.vectors)
+            .map(|_| EventFd::new())
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(|error| descriptors_ended(&error))?;
+        let named: BTreeSet<u16> = self.memory.named_ids().collect();
+        let clients = &state.clients;
+        let id = state
+            .ids
+            .take(|id| !clients.contains_key(&id) && !named.contains(&id))
+            .ok_or("all 65536 ids are taken or held by slots in the region")?;
+        let serial = state.next_serial;
+        state.next_serial += 1;
+        // Edge-triggered: one event each time it reads, one when it ends. What it sends is not read.
+        self.epoll
+            .add(&socket, poll::OUT | poll::ET, serial << 16 | u64::from(id))
+            .map_err(|error| format!("it cannot be watched: {error}"))?;
+        let outbox = Outbox::new(id, self.options.vectors, state.clients.keys().copied());
+        let credentials = net::peer_credentials(&socket).ok();
+        for other in state.clients.values_mut() {
+            other.outbox.joined(id);
+        }
+        state.eventfds.insert(id, vectors);
+        let since = Instant::now();
+        state.clients.insert(id, Client { socket, credentials, since, outbox, serial });
+        self.flush_all(state);
+        state.joined += 1;
+        events.push(Event::Joined {
+            id,
+            pid: credentials.map(|who| who.pid),
+            uid: credentials.map(|who| who.uid),
+        });
+        Ok(())
+    }
+}
+
+impl State {
+    fn next_look(&self) -> Option<Instant> {
+        match (self.retry, self.resume) {
+            (Some(retry), Some(resume)) => Some(retry.min(resume)),
+            (retry, resume) => retry.or(resume),
+        }
+    }
+
+    fn retry_soon(&mut self) {
+        self.retry.get_or_insert_with(|| Instant::now() + RETRY);
+    }
+}
+
+fn descriptors_ended(error: &io::Error) -> String {
+    format!("{error}; raise the limit of open files (ulimit -n, LimitNOFILE=)")
+}

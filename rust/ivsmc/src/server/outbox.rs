@@ -1,0 +1,226 @@
+//! What one client still has to be told, in order, as a few small values.
+//!
+//! Descriptors are looked up only at the moment they are sent, so a client that does not read
+//! costs a bounded amount of memory however many others come and go: of an id that joined and
+//! left unheard nothing is said, so no id stands in here more than twice (it left; it is there
+//! again). And it costs a bounded number of descriptors in flight: see [`Outbox::window`].
+
+use std::collections::VecDeque;
+
+use ivsmc_proto::ivshmem::{self, ServerMessage};
+
+/// Messages a client may leave unread, whatever their kind.
+const MAX_WINDOW: u16 = 4;
+
+/// One entry of the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Note {
+    /// A single message.
+    Say(ServerMessage),
+    /// The eventfds of this id, one message each; of the client itself: those to receive on.
+    Vectors(u16),
+}
+
+/// The messages for one client that are not sent yet.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    notes: VecDeque<Note>,
+    /// Of every client, 1..=[`ivshmem::MAX_VECTORS`].
+    vectors: u16,
+    /// The next vector to send, 0..vectors, if the front note is [`Note::Vectors`]; else 0.
+    next_vector: u16,
+    /// Upper bound of the messages sent and not read, 0..=window.
+    unread: u16,
+}
+
+impl Outbox {
+    /// The welcome of the newcomer `own`, to whom `others` are there already.
+    pub(super) fn new(own: u16, vectors: u16, others: impl Iterator<Item = u16>) -> Self {
+        let mut notes = VecDeque::new();
+        notes.extend(ivshmem::welcome(own, 0, []).map(Note::Say));
+        notes.extend(others.map(Note::Vectors));
+        notes.push_back(Note::Vectors(own));
+        Self { notes, vectors, next_vector: 0, unread: 0 }
+    }
+
+    /// `id` has joined.
+    pub(super) fn joined(&mut self, id: u16) {
+        self.notes.push_back(Note::Vectors(id));
+    }
+
+    /// `id`, which was there, has left.
+    pub(super) fn left(&mut self, id: u16) {
+        if let Some(at) = self.notes.iter().position(|&note| note == Note::Vectors(id)) {
+            let begun = at == 0 && self.next_vector > 0;
+            self.notes.remove(at);
+            if !begun {
+                // The client has not heard of it yet, and now never does.
+                return;
+            }
+            self.next_vector = 0;
+        }
+        self.notes.push_back(Note::Say(ivshmem::left(id)));
+    }
+
+    /// The next message, if there is one.
+    pub(super) fn next(&self) -> Option<ServerMessage> {
+        match *self.notes.front()? {
+            Note::Say(message) => Some(message),
+            Note::Vectors(id) => {
+                ivshmem::newcomer(id, self.vectors).nth(usize::from(self.next_vector))
+            }
+        }
+    }
+
+    /// The message [`Outbox::next`] gave has been sent.
+    pub(super) fn sent(&mut self) {
+        self.unread += 1;
+        if matches!(self.notes.front(), Some(Note::Vectors(_))) {
+            self.next_vector += 1;
+            if self.next_vector < self.vectors {
+                return;
+            }
+        }
+        self.next_vector = 0;
+        self.notes.pop_front();
+    }
+
+    /// Messages that may be unread at a time, 2..=[`MAX_WINDOW`].
+    ///
+    /// Descriptors in flight count against `RLIMIT_NOFILE` of the *user*, over all of its
+    /// processes and sockets. One client has at most as many in flight as this process holds open
+    /// for it (its socket and its eventfds), so all of them together stay below that limit even if
+    /// none of them reads.
+    fn window(&self) -> u16 {
+        MAX_WINDOW.min(1 + self.vectors)
+    }
+
+    /// Whether as many messages may be unread as may be.
+    pub(super) fn is_window_full(&self) -> bool {
+        self.unread >= self.window()
+    }
+
+    /// The client has read all that was sent.
+    pub(super) fn all_read(&mut self) {
+        self.unread = 0;
+    }
+
+    /// Whether the client has been sent everything.
+    pub(super) fn is_empty(&self) -> bool {
+        self.notes.is_empty()
+    }
+
+    /// Entries that wait; one may stand for several messages.
+    pub(super) fn len(&self) -> usize {
+        self.notes.len()
+    }
+
+    /// Forgets everything: the client is gone.
+    pub(super) fn clear(&mut self) {
+        self.notes.clear();
+        self.next_vector = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ivsmc_proto::ivshmem::Descriptor;
+
+    /// Takes all messages as `(value, vector)`; -1 for no vector, -2 for the region.
+    fn drain(outbox: &mut Outbox) -> Vec<(i64, i32)> {
+        let mut messages = Vec::new();
+        while let Some(message) = outbox.next() {
+            messages.push((
+                message.value,
+                match message.descriptor {
+                    Descriptor::None => -1,
+                    Descriptor::Region => -2,
+                    Descriptor::Vector { vector, .. } => i32::from(vector),
+                },
+            ));
+            outbox.sent();
+        }
+        messages
+    }
+
+    fn welcomed(own: u16, vectors: u16) -> Outbox {
+        let mut outbox = Outbox::new(own, vectors, std::iter::empty());
+        drain(&mut outbox);
+        outbox
+    }
+
+    #[test]
+    fn welcome_is_in_the_order_of_the_specification() {
+        let mut outbox = Outbox::new(7, 2, [0, 3].into_iter());
+        outbox.joined(8);
+        outbox.left(0);
+        assert_eq!(
+            drain(&mut outbox),
+            [(0, -1), (7, -1), (-1, -2), (3, 0), (3, 1), (7, 0), (7, 1), (8, 0), (8, 1)]
+        );
+        assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn who_left_unheard_is_never_mentioned() {
+        let mut outbox = welcomed(0, 2);
+        outbox.joined(5);
+        outbox.left(5);
+        assert_eq!(drain(&mut outbox), []);
+    }
+
+    #[test]
+    fn who_left_half_announced_is_taken_back() {
+        let mut outbox = welcomed(0, 2);
+        outbox.joined(5);
+        outbox.joined(6);
+        outbox.sent();
+        outbox.left(5);
+        outbox.joined(5);
+        assert_eq!(drain(&mut outbox), [(6, 0), (6, 1), (5, -1), (5, 0), (5, 1)]);
+    }
+
+    #[test]
+    fn a_reused_id_leaves_before_it_joins() {
+        let mut outbox = welcomed(0, 1);
+        outbox.joined(5);
+        drain(&mut outbox);
+        outbox.left(5);
+        outbox.joined(5);
+        outbox.left(5);
+        outbox.joined(5);
+        assert_eq!(drain(&mut outbox), [(5, -1), (5, 0)]);
+    }
+
+    #[test]
+    fn memory_stays_bounded_however_many_come_and_go() {
+        let mut outbox = Outbox::new(0, 4, std::iter::empty());
+        for round in 0..1000 {
+            for id in 1..50 {
+                outbox.joined(id);
+                if round % 3 == 0 && id == 1 {
+                    drain(&mut outbox);
+                }
+            }
+            for id in 1..50 {
+                outbox.left(id);
+            }
+        }
+        assert!(outbox.len() <= 2 * 50, "{} notes", outbox.len());
+    }
+
+    #[test]
+    fn the_window_fills_and_empties() {
+        for (vectors, window) in [(1, 2), (2, 3), (3, 4), (256, 4)] {
+            let mut outbox = Outbox::new(9, vectors, 0..9);
+            for _ in 0..window {
+                assert!(!outbox.is_window_full());
+                outbox.sent();
+            }
+            assert!(outbox.is_window_full());
+            outbox.all_read();
+            assert!(!outbox.is_window_full());
+        }
+    }
+}

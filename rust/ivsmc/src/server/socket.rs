@@ -1,0 +1,198 @@
+//! The listening socket at a path: made in place of a dead server's, never of a live one's.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use ivsmc_shm::fd::Fd;
+use ivsmc_shm::file::{self, Access, FileIdentity};
+use ivsmc_shm::{errno, lock, net, thread};
+
+use crate::{Error, Result};
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+/// How long to wait for another server that is starting at the same path.
+const START_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a live server may take to take a connection into its backlog.
+const PROBE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A listening socket that has a name.
+#[derive(Debug)]
+pub(super) struct Socket {
+    listener: Fd,
+    path: PathBuf,
+    identity: FileIdentity,
+}
+
+impl Socket {
+    /// Listens at `path`, whose permissions become `mode`.
+    pub(super) fn bind(path: &Path, mode: u32) -> Result<Self> {
+        let refuse = |reason: String| refusal(path, reason);
+        let os = |error: io::Error| match error.raw_os_error() {
+            Some(errno::ENOENT) => refuse("its directory does not exist; make it first".into()),
+            _ => refuse(format!("cannot listen there: {error}")),
+        };
+        // Only one of several servers that start at once may judge and replace what is there.
+        let _turn = Turn::take(path)?;
+        remove_stale(path)?;
+        let listener = net::unix_listen(path, BACKLOG).map_err(os)?;
+        let named = NamedSocket(path);
+        fs::set_permissions(path, Permissions::from_mode(mode)).map_err(os)?;
+        net::set_nonblocking(&listener, true).map_err(os)?;
+        // Who connected before the permissions were set may not have been allowed to.
+        while net::unix_accept(&listener).is_ok() {}
+        let identity = identity(path).map_err(os)?;
+        named.keep();
+        Ok(Self { listener, path: path.to_owned(), identity })
+    }
+
+    /// The next connection; `WouldBlock` if nobody waits.
+    pub(super) fn accept(&self) -> io::Result<Fd> {
+        net::unix_accept(&self.listener)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Socket {
+    /// Takes the name away, unless it belongs to another socket by now, or to the parent process.
+    fn drop(&mut self) {
+        // While it still listens nobody replaces it, so nothing can come between.
+        if self.listener.is_current()
+            && identity(&self.path).is_ok_and(|found| found == self.identity)
+        {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+/// Removes a new socket's name again, should the rest of making it fail.
+struct NamedSocket<'path>(&'path Path);
+
+impl NamedSocket<'_> {
+    fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for NamedSocket<'_> {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.0);
+    }
+}
+
+/// Removes what a dead server left at `path`; refuses if anything else is there.
+fn remove_stale(path: &Path) -> Result<()> {
+    let refuse = |reason: &str| Err(refusal(path, reason.into()));
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return refuse(&format!("cannot look at it: {error}")),
+        Ok(found) if !found.file_type().is_socket() => {
+            return refuse(
+                "something that is not a socket is there; remove it, or take another path",
+            )
+        }
+        Ok(_) => {}
+    }
+    match probe(path).map_err(|error| refusal(path, error.to_string()))? {
+        Probed::Listening => {
+            refuse("a server is listening there already; stop it first, or take another path")
+        }
+        Probed::Refused(error) if errno::is(&error, errno::ECONNREFUSED) => fs::remove_file(path)
+            .or_else(|error| {
+                refuse(&format!("a dead server's socket is there and cannot be removed: {error}"))
+            }),
+        Probed::Refused(error) => {
+            refuse(&format!("cannot tell whether a server is listening there: {error}"))
+        }
+    }
+}
+
+/// What a connection attempt tells about a socket file.
+enum Probed {
+    Listening,
+    Refused(io::Error),
+}
+
+/// Tries to connect. Whoever listens sees somebody come and go.
+///
+/// Connecting waits while a listener's backlog is full (it may be stopped), so a thread does it.
+fn probe(path: &Path) -> io::Result<Probed> {
+    let (answer, answered) = mpsc::channel();
+    let target = path.to_owned();
+    thread::spawn("ivsmc-probe", move || {
+        // The other end may no longer be interested.
+        let _ = answer.send(net::unix_connect(&target));
+    })?;
+    Ok(match answered.recv_timeout(PROBE_PATIENCE) {
+        Ok(Err(error)) => Probed::Refused(error),
+        Ok(Ok(_)) | Err(_) => Probed::Listening,
+    })
+}
+
+/// The right to judge and replace what is at a path, among servers that start there.
+///
+/// It is a lock on a file beside the path, which is removed again before the lock is given back;
+/// so who obtains the lock looks whether the file still has its name.
+struct Turn {
+    path: PathBuf,
+    _locked: Fd,
+}
+
+impl Turn {
+    fn take(socket: &Path) -> Result<Self> {
+        let mut name = socket.as_os_str().to_owned();
+        name.push(".lock");
+        let path = PathBuf::from(name);
+        let refuse = |error: io::Error| match error.raw_os_error() {
+            Some(errno::ENOENT) => {
+                refusal(socket, "its directory does not exist; make it first".into())
+            }
+            _ => refusal(socket, format!("cannot lock {}: {error}", path.display())),
+        };
+        let begun = Instant::now();
+        loop {
+            let file = file::open_nofollow(&path, Access::CreateOrOpen(0o600)).map_err(refuse)?;
+            if lock::try_lock_byte(&file, 0).map_err(refuse)? {
+                let mine = file::status(&file).map_err(refuse)?.identity;
+                if identity(&path).is_ok_and(|named| named == mine) {
+                    return Ok(Self { path, _locked: file });
+                }
+            } else if begun.elapsed() > START_PATIENCE {
+                return Err(refusal(
+                    socket,
+                    format!("another server is starting there (it holds {})", path.display()),
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn identity(path: &Path) -> io::Result<FileIdentity> {
+    let found = fs::symlink_metadata(path)?;
+    Ok(FileIdentity { device: found.dev(), inode: found.ino() })
+}
+
+fn refusal(path: &Path, reason: String) -> Error {
+    Error::device(format!("host:{}", path.display()), reason)
+}
