@@ -19,5 +19,5 @@ pub use transfer::{
 };
 pub use unix::{
     peer_credentials, recv_with_fd, send_with_fd, socketpair_stream, unix_accept, unix_connect,
-    unix_listen, Credentials,
+    unix_connect_nonblocking, unix_listen, Credentials,
 };

@@ -59,6 +59,17 @@ pub fn unix_connect(path: &Path) -> io::Result<Fd> {
     Ok(fd)
 }
 
+/// Connects to the listener at `path`, or fails at once; a non-blocking socket.
+///
+/// # Errors
+/// `InvalidInput` for a path of more than 107 bytes; `WouldBlock` if the listener's queue is full;
+/// those of `connect`.
+pub fn unix_connect_nonblocking(path: &Path) -> io::Result<Fd> {
+    let fd = socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0)?;
+    connect_raw(&fd, &unix_address(path)?)?;
+    Ok(fd)
+}
+
 /// Takes the next connection, as a blocking socket.
 ///
 /// # Errors
