@@ -1,0 +1,324 @@
+//! Attachments: one process on one device.
+//!
+//! An [`Attachment`] has a peer slot of the region, publishes the addresses of its host, and gives
+//! out memory: [`OwnDmb`]s that peers write into, [`PeerDmb`]s of others to write into. When it is
+//! dropped it leaves the region, and everything it had there is free again.
+//!
+//! **Proof of life.** Where the region is mapped through an open file description of its own, the
+//! attachment holds the lock on the byte of its slot's claim word, from before the slot is claimed
+//! until the mapping is gone, however the process ends. [`Attachment::reap`] takes the lock of a
+//! dead one's slot and holds it while it gives back what the dead one had. All locks of one
+//! attachment are on one open file description and do not conflict with each other, so it never
+//! judges its own slot, and one thread reaps at a time.
+//!
+//! **Memory.** Extents are claimed from the region and their memory reserved, so that running out
+//! is [`Full`] and never SIGBUS; DMBs are carved from them by a list private to the process, behind
+//! a private mutex. One idle extent is kept, others go back at once. A DMB that is released while
+//! its writer is still there is in *limbo*: it is free once the writer has let go, or once its
+//! prover has said that it is dead. [`Attachment::sweep`] looks.
+//!
+//! After `fork`, the child's copies of these values do nothing to the region.
+
+mod memory;
+mod reap;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, Mutex};
+
+use ivsmc_proto::clc::Eid;
+use ivsmc_proto::host::{HostIdentity, HostRecord, Ip};
+use ivsmc_proto::reclaim::Census;
+use ivsmc_proto::region::Region;
+use ivsmc_proto::slot::{Prover, SlotInfo, SlotRef};
+use ivsmc_shm::mapping::Mapping;
+use ivsmc_shm::net::Family;
+use ivsmc_shm::{file as files, fork, lock as locks, net};
+
+use crate::device::{self, Backing, DeviceSpec, Kind, Opened, Unusable};
+use crate::reactor::{lock, Reactor};
+
+use memory::Pool;
+pub(crate) use memory::{Full, OwnDmb, PeerDmb};
+use reap::Judge;
+
+/// One process on one device.
+pub(crate) struct Attachment {
+    spec: DeviceSpec,
+    region: Region<Arc<Mapping>>,
+    me: SlotRef,
+    judge: Judge,
+    /// No memory needs to be reserved.
+    whole: bool,
+    record: Mutex<Arc<HostRecord>>,
+    pool: Mutex<Pool>,
+    /// Held while reaping: see the module's words about locks.
+    reaping: Mutex<()>,
+    backing: Backing,
+    generation: u32,
+}
+
+/// What an attachment has, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct AttachmentStats {
+    /// Extents this process has claimed.
+    pub extents: usize,
+    /// DMBs that peers write into.
+    pub dmbs: usize,
+    /// DMBs released here whose writer has not let go yet.
+    pub limbo: usize,
+}
+
+impl Attachment {
+    /// Opens the device and claims a peer slot of its region.
+    ///
+    /// # Errors
+    /// [`Unusable`]; nothing is left behind then.
+    pub(crate) fn open(spec: &DeviceSpec) -> Result<Arc<Self>, Unusable> {
+        Self::attach_to(spec, device::open(spec)?)
+    }
+
+    /// Attaches to what was opened.
+    ///
+    /// # Errors
+    /// [`Unusable`]; nothing is left behind then.
+    pub(crate) fn attach_to(spec: &DeviceSpec, opened: Opened) -> Result<Arc<Self>, Unusable> {
+        let Opened { mapping, whole, lockable, backing } = opened;
+        match claim(&mapping, lockable, &backing) {
+            Ok(Claimed { region, me, judge, record }) => {
+                backing.settled(&mapping);
+                Ok(Arc::new(Self {
+                    spec: spec.clone(),
+                    pool: Mutex::new(Pool::new(region.geometry())),
+                    region,
+                    me,
+                    judge,
+                    whole,
+                    record: Mutex::new(Arc::new(record)),
+                    reaping: Mutex::default(),
+                    backing,
+                    generation: fork::generation(),
+                }))
+            }
+            Err(refused) => Err(backing.abandon(&mapping, refused)),
+        }
+    }
+
+    pub(crate) fn spec(&self) -> &str {
+        self.spec.as_str()
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
+        self.spec.kind()
+    }
+
+    pub(crate) fn region(&self) -> &Region<Arc<Mapping>> {
+        &self.region
+    }
+
+    pub(crate) fn memory(&self) -> &Mapping {
+        self.region.memory()
+    }
+
+    /// The peer slot of this process.
+    pub(crate) fn me(&self) -> SlotRef {
+        self.me
+    }
+
+    /// Whether it was attached in this process, and not in one that this process was forked from.
+    pub(crate) fn is_current(&self) -> bool {
+        fork::is_current(self.generation)
+    }
+
+    /// Whether newcomers that open the device come to the region of this attachment.
+    pub(crate) fn is_up_to_date(&self) -> bool {
+        match &self.backing {
+            Backing::Local(file) => file.is_named(self.memory()),
+            // Somebody else's file: what they do to its name is theirs to repair.
+            Backing::File => true,
+            Backing::Host(link) => !link.is_gone(),
+        }
+    }
+
+    /// The host record of this process as it was last written.
+    pub(crate) fn record(&self) -> Arc<HostRecord> {
+        Arc::clone(&lock(&self.record))
+    }
+
+    /// Reads the addresses of this host again and publishes them if they have changed.
+    pub(crate) fn refresh_addresses(&self) {
+        let Ok(addresses) = host_addresses() else { return };
+        let mut record = lock(&self.record);
+        if record.addresses() != addresses {
+            let fresh = HostRecord::new(record.identity, &addresses);
+            self.region.write_host_record(self.me, &fresh);
+            *record = Arc::new(fresh);
+        }
+    }
+
+    /// Has the background thread look after what belongs to the device.
+    pub(crate) fn watch(&self, reactor: &Arc<Reactor>) -> crate::Result<()> {
+        match &self.backing {
+            Backing::Host(link) => link.watch(reactor),
+            Backing::Local(_) | Backing::File => Ok(()),
+        }
+    }
+
+    /// Whether `peer` still has its slot, as far as its prover has said.
+    pub(crate) fn is_peer_live(&self, peer: SlotRef) -> bool {
+        self.region.is_live(peer)
+    }
+
+    /// Whether `peer` still has its slot, asking its prover where this process can: one that turns
+    /// out to be dead is reclaimed.
+    pub(crate) fn is_peer_alive(&self, peer: SlotRef) -> bool {
+        if peer.index != self.me.index {
+            let _one = lock(&self.reaping);
+            self.judge.look(&self.region, peer.index);
+        }
+        self.region.is_live(peer)
+    }
+
+    /// Looks at the slots of all others and gives back what the dead ones had; returns how many
+    /// those were.
+    pub(crate) fn reap(&self) -> usize {
+        let reaped = {
+            let _one = lock(&self.reaping);
+            self.judge.look_at_all(&self.region, Some(self.me))
+        };
+        if reaped > 0 {
+            self.sweep();
+        }
+        reaped
+    }
+
+    /// What is claimed in the whole region.
+    pub(crate) fn census(&self) -> Census {
+        self.region.census()
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if !self.is_current() {
+            return;
+        }
+        let mapping = Arc::clone(self.region.memory());
+        let last_look = match &self.backing {
+            Backing::Local(file) => file.begin_to_leave(&mapping),
+            Backing::File | Backing::Host(_) => false,
+        };
+        self.region.mark_dead(self.me);
+        self.region.reclaim(self.me);
+        if self.judge.lockable {
+            // Before the mapping ends, also in a child that a fork made just now.
+            let _ = locks::unlock_byte(mapping.fd(), self.region.slot_claim_offset(self.me.index));
+        }
+        match &self.backing {
+            Backing::Local(file) => {
+                if last_look {
+                    self.judge.look_at_all(&self.region, None);
+                    if self.region.is_deserted() {
+                        file.remove_last(&mapping);
+                    }
+                    file.settled(&mapping);
+                }
+            }
+            Backing::File => {}
+            Backing::Host(link) => link.close(),
+        }
+    }
+}
+
+/// A region with a slot claimed in it.
+struct Claimed {
+    region: Region<Arc<Mapping>>,
+    me: SlotRef,
+    judge: Judge,
+    record: HostRecord,
+}
+
+fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Claimed, Unusable> {
+    let os = |what: &'static str| {
+        move |error: std::io::Error| Unusable::device(format!("{what} cannot be read: {error}"))
+    };
+    // All that can fail comes before the claim.
+    let boot = files::boot_id().map_err(os("the boot id of this machine"))?;
+    let addresses = host_addresses().map_err(os("the addresses of this host"))?;
+    let netns = netns_cookie().map_err(os("the network namespace"))?;
+    let uuid = files::random_u128().map_err(os("a random number"))?;
+    let region = Region::attach(Arc::clone(mapping), uuid)?;
+    let judge = Judge::new(boot, lockable);
+    let prover = match backing {
+        Backing::Host(link) if has_marking_server(&region) => Prover::IvPosition(link.id()),
+        _ if lockable => Prover::Lock { boot: judge.boot },
+        _ => Prover::None,
+    };
+    // The dead first: their slots may be the only free ones.
+    judge.look_at_all(&region, None);
+    let me = claim_slot(&region, prover)?;
+    let (ivposition, vectors) = match backing {
+        Backing::Host(link) => (link.id(), link.vectors()),
+        Backing::Local(_) | Backing::File => (0, 0),
+    };
+    region.set_slot_info(me, &SlotInfo { ivposition, vectors, eid: Eid::DEFAULT.0 });
+    // Every process of one machine is at home at the same place, whatever id its ivshmem server
+    // has given it: ids tell virtual machines apart, and those have boot ids of their own.
+    let identity = HostIdentity { boot, netns, ivposition: 0 };
+    let record = HostRecord::new(identity, &addresses);
+    region.write_host_record(me, &record);
+    Ok(Claimed { region, me, judge, record })
+}
+
+/// Claims the first free slot; with a lock as prover, from before the claim.
+fn claim_slot(region: &Region<Arc<Mapping>>, prover: Prover) -> Result<SlotRef, Unusable> {
+    let fd = region.memory().fd();
+    let slots = region.geometry().slots();
+    for index in region.unclaimed() {
+        let byte = region.slot_claim_offset(index);
+        if matches!(prover, Prover::Lock { .. }) {
+            // Somebody else's: a newcomer about to claim, or one who is about to be gone.
+            if !locks::try_lock_byte(fd, byte).map_err(no_locks)? {
+                continue;
+            }
+        }
+        if let Some(me) = region.claim_slot(index, prover) {
+            return Ok(me);
+        }
+        if matches!(prover, Prover::Lock { .. }) {
+            locks::unlock_byte(fd, byte).map_err(no_locks)?;
+        }
+    }
+    Err(Unusable::region(format!(
+        "all its {slots} peer slots are taken; a larger region has more of them"
+    )))
+}
+
+fn no_locks(error: std::io::Error) -> Unusable {
+    Unusable::device(format!("its file system has no open file description locks: {error}"))
+}
+
+/// The addresses peers may reach this host by, as the directory wants them.
+fn host_addresses() -> std::io::Result<Vec<Ip>> {
+    let mut addresses: Vec<Ip> = Vec::new();
+    for address in net::interface_addresses()? {
+        let ip = Ip::from(address);
+        if !ip.is_link_local() && !ip.is_loopback() && !addresses.contains(&ip) {
+            addresses.push(ip);
+        }
+    }
+    addresses.truncate(ivsmc_proto::host::MAX_ADDRESSES);
+    Ok(addresses)
+}
+
+fn netns_cookie() -> std::io::Result<u64> {
+    net::netns_cookie(net::tcp_socket(Family::V4).or_else(|_| net::tcp_socket(Family::V6))?)
+}
+
+/// Whether an ivshmem server is there that marks leavers: its word and its lock say so. The lock
+/// is on an open file that no client shares, so it is another's, whichever descriptor asks.
+fn has_marking_server(region: &Region<Arc<Mapping>>) -> bool {
+    region.marking_server().is_some()
+        && locks::is_locked_by_other(region.memory().fd(), region.marking_server_offset())
+            .unwrap_or(false)
+}

@@ -1,0 +1,207 @@
+//! Attachments of one region, in one process and in two.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use ivsmc_proto::dmb::{DmbError, Token};
+use ivsmc_proto::memory::Memory;
+use ivsmc_shm::mem;
+
+use super::*;
+use crate::device::tests::{spec, Scratch};
+
+fn attach(path: &Path) -> Arc<Attachment> {
+    Attachment::open(&spec(Kind::File, path)).unwrap()
+}
+
+fn bytes(attachment: &Attachment, at: u64, length: usize) -> Vec<u8> {
+    let mut into = vec![0; length];
+    mem::with_uninit(&mut into, |into| attachment.memory().read(at, into));
+    into
+}
+
+#[test]
+fn a_dmb_is_shared_and_comes_back() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 64 << 20);
+    let (reader, writer) = (attach(&path), attach(&path));
+    let own = reader.allocate(4, writer.me()).unwrap();
+    assert_eq!((own.size_class(), own.place().capacity), (4, 256 << 10));
+    let other = reader.allocate(0, writer.me()).unwrap();
+    assert!(matches!(reader.attach(own.token(), 4, reader.me()), Err(DmbError::NotInvited)));
+    let peer = writer.attach(own.token(), 4, reader.me()).unwrap();
+    assert_eq!(peer.place(), own.place());
+    writer.memory().write(peer.place().data, b"through shared memory");
+    assert_eq!(bytes(&reader, own.place().data, 21), b"through shared memory");
+
+    // Nobody's memory is reused while somebody may still write into it.
+    drop(other);
+    drop(own);
+    assert_eq!(reader.stats(), AttachmentStats { extents: 1, dmbs: 0, limbo: 1 });
+    assert!(reader.sweep());
+    drop(peer);
+    assert!(!reader.sweep());
+    // One idle extent is kept.
+    assert_eq!(reader.stats(), AttachmentStats { extents: 1, dmbs: 0, limbo: 0 });
+    drop(reader);
+    let census = writer.census();
+    assert_eq!((census.live, census.dead, census.extents), (1, 0, 0));
+    assert_eq!((census.dmbs_held, census.dmbs_attached), (0, 0));
+}
+
+#[test]
+fn an_owner_that_leaves_first_leaves_the_memory_to_its_writer() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 1 << 20);
+    let (reader, writer) = (attach(&path), attach(&path));
+    let own = reader.allocate(1, writer.me()).unwrap();
+    let peer = writer.attach(own.token(), own.size_class(), reader.me()).unwrap();
+    drop(own);
+    drop(reader);
+    let census = writer.census();
+    assert_eq!((census.live, census.extents, census.dmbs_attached), (1, 1, 1));
+    drop(peer);
+    assert_eq!(writer.census().extents, 0);
+}
+
+#[test]
+fn a_full_region_gives_smaller_dmbs_and_then_none() {
+    let scratch = Scratch::new();
+    let attachment = attach(&scratch.file("region", 1 << 20));
+    let extents = attachment.region().geometry().extents();
+    let writer = SlotRef { index: 9, generation: 1 };
+    // The largest that fits into an extent of so small a region is 64 KiB.
+    let mut dmbs: Vec<_> = (1..extents).map(|_| attachment.allocate(6, writer).unwrap()).collect();
+    assert!(dmbs.iter().all(|dmb| dmb.size_class() == 2));
+    dmbs.push(attachment.allocate(1, writer).unwrap());
+    let classes: Vec<_> =
+        (0..2).map(|_| attachment.allocate(2, writer).map(|dmb| dmb.size_class())).collect();
+    assert_eq!(classes, [Ok(1), Ok(1)]);
+    dmbs.push(attachment.allocate(2, writer).unwrap());
+    assert_eq!(attachment.allocate(0, writer).err(), Some(Full));
+    assert_eq!(u32::try_from(attachment.stats().extents), Ok(extents));
+    drop(dmbs);
+    assert_eq!(attachment.census().extents, 1);
+}
+
+#[test]
+fn every_slot_can_be_taken_and_one_more_is_refused() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 1 << 20);
+    let mut all: Vec<_> = (0..16).map(|_| attach(&path)).collect();
+    let refused = Attachment::open(&spec(Kind::File, &path)).err().unwrap();
+    assert!(refused.sentence.contains("all its 16 peer slots"), "{}", refused.sentence);
+    assert!(all.iter().all(|attachment| attachment.reap() == 0));
+    let left = all.swap_remove(7);
+    let index = left.me().index;
+    drop(left);
+    assert_eq!(attach(&path).me().index, index);
+}
+
+/// Set in the child process of the tests below: the file to attach to.
+const CHILD: &str = "IVSMC_TEST_ATTACHMENT";
+
+/// The other process: takes a slot and DMBs, says so, and waits to be killed.
+#[test]
+fn child() {
+    let Ok(path) = std::env::var(CHILD) else { return };
+    let attachment = attach(Path::new(&path));
+    let mut lines = std::io::stdin().lines().map(Result::unwrap);
+    let mut number = move || lines.next().unwrap().parse::<u64>().unwrap();
+    let parent = SlotRef {
+        index: u16::try_from(number()).unwrap(),
+        generation: u32::try_from(number()).unwrap(),
+    };
+    let own: Vec<_> = (0..10).map(|_| attachment.allocate(4, parent).unwrap()).collect();
+    let me = attachment.me();
+    println!("\nchild {} {} {}", me.index, me.generation, own[0].token().0);
+    let peer = attachment.attach(Token(number()), 0, parent).unwrap();
+    println!("child attached");
+    // Nobody ever sends it.
+    number();
+    drop((peer, own));
+}
+
+#[test]
+fn what_a_killed_process_had_comes_back() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 64 << 20);
+    let parent = attach(&path);
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "attachment::tests::child", "--nocapture"])
+        .env(CHILD, &path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut said = || output.find_map(|line| line.strip_prefix("child ").map(ToOwned::to_owned));
+    writeln!(input, "{}\n{}", parent.me().index, parent.me().generation).unwrap();
+    let numbers: Vec<u64> =
+        said().unwrap().split(' ').map(|number| number.parse().unwrap()).collect();
+    let peer = SlotRef {
+        index: u16::try_from(numbers[0]).unwrap(),
+        generation: u32::try_from(numbers[1]).unwrap(),
+    };
+    let own = parent.allocate(0, peer).unwrap();
+    writeln!(input, "{}", own.token().0).unwrap();
+    assert_eq!(said().as_deref(), Some("attached"));
+    let theirs = parent.attach(Token(numbers[2]), 4, peer).unwrap();
+    let before = parent.census();
+    assert_eq!((before.live, before.dmbs_held, before.dmbs_attached), (2, 11, 2));
+    assert_eq!(parent.reap(), 0);
+    assert!(parent.is_peer_alive(peer));
+
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(parent.region().is_live(peer), "nobody has looked yet");
+    assert!(!parent.is_peer_alive(peer));
+    assert_eq!(parent.reap(), 0, "it was reclaimed by the look");
+    // The writer is gone, so this one comes back at once.
+    drop(own);
+    assert_eq!(parent.stats().limbo, 0);
+    // The extent in which this process may still write stays until it lets go.
+    let during = parent.census();
+    assert_eq!((during.live, during.extents, during.dmbs_attached), (1, 2, 1));
+    drop(theirs);
+    let after = parent.census();
+    assert_eq!((after.live, after.dead, after.extents), (1, 0, 1));
+    assert_eq!((after.dmbs_held, after.dmbs_attached), (0, 0));
+}
+
+#[test]
+fn a_newcomer_takes_the_slot_of_a_killed_process() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 1 << 20);
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "attachment::tests::child", "--nocapture"])
+        .env(CHILD, &path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    writeln!(input, "0\n1").unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(output.any(|line| line.starts_with("child ")));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let newcomer = attach(&path);
+    assert_eq!((newcomer.me().index, newcomer.me().generation), (0, 2));
+    let census = newcomer.census();
+    assert_eq!((census.live, census.extents, census.dmbs_held), (1, 0, 0));
+}
+
+#[test]
+fn addresses_are_published() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 1 << 20);
+    let (one, other) = (attach(&path), attach(&path));
+    one.refresh_addresses();
+    let seen = other.region().host_record(one.me().index).unwrap();
+    assert_eq!(seen, *one.record());
+    assert_eq!(seen.identity, other.record().identity);
+    assert!(seen.addresses().iter().all(|ip| !ip.is_loopback() && !ip.is_link_local()));
+}

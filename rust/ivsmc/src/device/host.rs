@@ -1,0 +1,310 @@
+//! `host:/run/ivsmc/ivs0.sock`: a process of the host, or a container, as a client of an ivshmem
+//! server; of any one that speaks QEMU's protocol.
+//!
+//! The ivshmem server sends the same open file description to all its clients, and a lock on that
+//! proves nothing. So the region is opened anew through `/proc/self/fd`; where that is not allowed
+//! there is no lock, and nobody but the ivshmem server can say that this client is dead.
+//!
+//! The connection stays open as long as the attachment lives: its end is what tells the ivshmem
+//! server that this client has left, and must never come earlier. What the ivshmem server says
+//! later is read by the background thread, so that it never waits for this client.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ivsmc_proto::ivshmem::{ClientEvent, ClientProtocol, MESSAGE_LENGTH};
+use ivsmc_shm::fd::Fd;
+use ivsmc_shm::poll::{self, EventFd, PollFd};
+use ivsmc_shm::{file as files, net};
+
+use super::{Backing, Opened, Unusable};
+use crate::reactor::{lock, Key, Reactor, Source};
+
+/// Longest wait for the ivshmem server to send the region.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Messages taken in one turn of the background thread, which has others to serve.
+const TURN: usize = 1024;
+
+/// Descriptors of peers that are kept; those beyond are closed at once, and such peers are woken
+/// over TCP. A process has 1,024 descriptors by default.
+const KEPT: usize = 256;
+
+/// Connects to the ivshmem server and maps its region.
+pub(super) fn open(path: &Path) -> Result<Opened, Unusable> {
+    open_within(path, PATIENCE)
+}
+
+/// [`open`] with another patience.
+pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unusable> {
+    let until = Instant::now() + patience;
+    let socket = connect(path, until).map_err(|error| Unusable::device(refusal(&error)))?;
+    let mut hearing = Hearing::default();
+    let (id, region) = welcome(&socket, &mut hearing, until)?;
+    // What is there already, so that the number of own vectors is known when the slot is claimed.
+    hearing.take(&socket, TURN);
+    let (fd, lockable) = match reopen(&region) {
+        Ok(fd) => (fd, true),
+        Err(_) => (region, false),
+    };
+    let status = files::status(&fd)
+        .map_err(|error| Unusable::region(format!("its size cannot be told: {error}")))?;
+    if !status.is_regular() {
+        return Err(Unusable::region("what the ivshmem server sent as its region is not a file"));
+    }
+    let file_system = super::file_system(&fd)?;
+    super::judge_file_system(&file_system)?;
+    let (mapping, whole) = super::map(fd, &status, &file_system)?;
+    let link = Link {
+        socket,
+        id,
+        hearing: Mutex::new(hearing),
+        gone: AtomicBool::new(false),
+        watched: Mutex::default(),
+    };
+    Ok(Opened { mapping, whole, lockable, backing: Backing::Host(Arc::new(link)) })
+}
+
+fn connect(path: &Path, until: Instant) -> io::Result<Fd> {
+    loop {
+        match net::unix_connect_nonblocking(path) {
+            // Its queue of newcomers is full.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
+                thread::sleep(Duration::from_millis(2));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn refusal(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            "there is no such socket; is the ivshmem server running (\"ivsmc server\")?".to_owned()
+        }
+        io::ErrorKind::ConnectionRefused => "nobody listens at this path: the ivshmem server has \
+             ended, or it is not a socket; start \"ivsmc server\" there"
+            .to_owned(),
+        io::ErrorKind::PermissionDenied => "this process has no permission to connect to this \
+             socket; its owner can give it, with chmod or chgrp"
+            .to_owned(),
+        io::ErrorKind::WouldBlock => "the ivshmem server accepts nobody; is it stopped?".to_owned(),
+        _ => format!("cannot connect to this socket: {error}"),
+    }
+}
+
+/// Waits for the own id and the region.
+fn welcome(socket: &Fd, hearing: &mut Hearing, until: Instant) -> Result<(u16, Fd), Unusable> {
+    let mut id = None;
+    loop {
+        match hearing.next(socket) {
+            Ok(Heard::Event(ClientEvent::OwnId(own), _)) => id = Some(own),
+            Ok(Heard::Event(ClientEvent::Region, Some(fd))) => {
+                if let Some(id) = id {
+                    return Ok((id, fd));
+                }
+            }
+            Ok(Heard::Event(..)) => {}
+            Ok(Heard::Nothing) => {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(Unusable::device(
+                        "no ivshmem server, or a stopped one: it has not sent a region in time",
+                    ));
+                }
+                // An interrupted wait only means to look again.
+                let _ = poll::poll(&mut [PollFd::new(socket, poll::IN)], Some(left));
+            }
+            Ok(Heard::End) => {
+                return Err(Unusable::device(
+                    "no ivshmem server, or one that takes no more clients: it ended the \
+                     connection before it sent a region",
+                ))
+            }
+            Err(what) => return Err(Unusable::device(what)),
+        }
+    }
+}
+
+/// The file behind `fd` through an open file description of our own.
+fn reopen(fd: &Fd) -> io::Result<Fd> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    Ok(Fd::from(OwnedFd::from(file)))
+}
+
+/// The connection to an ivshmem server.
+pub(crate) struct Link {
+    socket: Fd,
+    /// What this client's own ivposition would be, were it a guest.
+    id: u16,
+    hearing: Mutex<Hearing>,
+    /// The ivshmem server has ended the connection.
+    gone: AtomicBool,
+    watched: Mutex<Option<(Weak<Reactor>, Key)>>,
+}
+
+impl Link {
+    pub(crate) fn id(&self) -> u16 {
+        self.id
+    }
+
+    /// Own vectors heard of.
+    pub(crate) fn vectors(&self) -> u16 {
+        u16::try_from(lock(&self.hearing).own.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Peers that the ivshmem server has named and that have not left.
+    pub(crate) fn peers(&self) -> usize {
+        lock(&self.hearing).peers.len()
+    }
+
+    /// The ivshmem server has ended the connection: newcomers go to its successor.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    /// Has the background thread read what the ivshmem server says.
+    pub(crate) fn watch(self: &Arc<Self>, reactor: &Arc<Reactor>) -> crate::Result<()> {
+        let key = reactor.register(Arc::clone(self) as Arc<dyn Source>);
+        *lock(&self.watched) = Some((Arc::downgrade(reactor), key));
+        reactor.watch(key, &self.socket, poll::IN | poll::RDHUP)
+    }
+
+    /// Takes it away from the background thread; the connection ends with the last reference.
+    pub(crate) fn close(&self) {
+        if let Some((reactor, key)) = lock(&self.watched).take() {
+            if let Some(reactor) = reactor.upgrade() {
+                reactor.unwatch(&self.socket);
+                reactor.forget(key);
+            }
+        }
+    }
+}
+
+impl Source for Link {
+    fn ready(&self, _events: u32) {
+        if lock(&self.hearing).take(&self.socket, TURN) {
+            return;
+        }
+        self.gone.store(true, Ordering::Relaxed);
+        // Else the end of the connection would be reported for ever. The socket stays open.
+        if let Some((reactor, _)) = &*lock(&self.watched) {
+            if let Some(reactor) = reactor.upgrade() {
+                reactor.unwatch(&self.socket);
+            }
+        }
+    }
+}
+
+/// What an ivshmem server has said so far.
+#[derive(Default)]
+struct Hearing {
+    protocol: ClientProtocol,
+    /// The beginning of a message, and the descriptor that came with it.
+    partial: [u8; MESSAGE_LENGTH],
+    length: usize,
+    descriptor: Option<Fd>,
+    /// It broke its protocol after the welcome: read and thrown away from now on. Leaving instead
+    /// would give this client's id to others while it still uses the region.
+    deaf: bool,
+    own: Vec<EventFd>,
+    peers: BTreeMap<u16, Vec<EventFd>>,
+    kept: usize,
+}
+
+enum Heard {
+    Event(ClientEvent, Option<Fd>),
+    Nothing,
+    End,
+}
+
+impl Hearing {
+    /// Takes up to `most` messages without waiting; false at the end of the connection.
+    fn take(&mut self, socket: &Fd, most: usize) -> bool {
+        for _ in 0..most {
+            if self.deaf {
+                let mut thrown_away = [0; 512];
+                match net::recv_with_fd(socket, &mut thrown_away, net::MSG_DONTWAIT) {
+                    Ok((0, _)) => return false,
+                    Ok(_) => continue,
+                    Err(error) if error.kind() == io::ErrorKind::InvalidData => continue,
+                    Err(error) => return is_passing(&error),
+                }
+            }
+            match self.next(socket) {
+                Ok(Heard::Event(event, fd)) => self.keep(event, fd),
+                Ok(Heard::Nothing) => return true,
+                Ok(Heard::End) => return false,
+                Err(_) => self.deaf = true,
+            }
+        }
+        true
+    }
+
+    /// The next message, if all of it has come.
+    fn next(&mut self, socket: &Fd) -> Result<Heard, String> {
+        loop {
+            let rest = &mut self.partial[self.length..];
+            let (got, fd) = match net::recv_with_fd(socket, rest, net::MSG_DONTWAIT) {
+                Ok(received) => received,
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    return Err(format!("not an ivshmem server: {error}"));
+                }
+                Err(error) if is_passing(&error) => return Ok(Heard::Nothing),
+                Err(_) => return Ok(Heard::End),
+            };
+            if fd.is_some() && self.descriptor.is_some() {
+                return Err("not an ivshmem server: two descriptors came with one message".into());
+            }
+            self.descriptor = fd.or(self.descriptor.take());
+            if got == 0 {
+                return Ok(Heard::End);
+            }
+            self.length += got;
+            if self.length == MESSAGE_LENGTH {
+                self.length = 0;
+                let fd = self.descriptor.take();
+                let event = self
+                    .protocol
+                    .message(i64::from_le_bytes(self.partial), fd.is_some())
+                    .map_err(|invalid| invalid.to_string())?;
+                return Ok(Heard::Event(event, fd));
+            }
+        }
+    }
+
+    /// Keeps the doorbells of an event.
+    fn keep(&mut self, event: ClientEvent, fd: Option<Fd>) {
+        match event {
+            ClientEvent::PeerLeft { peer } => {
+                let doorbells = self.peers.remove(&peer).unwrap_or_default();
+                self.kept -= doorbells.len();
+            }
+            ClientEvent::PeerVector { peer, .. } => {
+                let doorbells = self.peers.entry(peer).or_default();
+                let Some(fd) = fd.filter(|_| self.kept < KEPT) else { return };
+                if let Ok(doorbell) = EventFd::adopt(fd) {
+                    doorbells.push(doorbell);
+                    self.kept += 1;
+                }
+            }
+            ClientEvent::OwnVector { .. } => {
+                self.own.extend(fd.and_then(|fd| EventFd::adopt(fd).ok()));
+            }
+            ClientEvent::Version | ClientEvent::OwnId(_) | ClientEvent::Region => {}
+        }
+    }
+}
+
+/// Whether a failed read says nothing about the connection.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
