@@ -2,14 +2,19 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::thread;
 
 use ivsmc_proto::dmb::{DmbError, Token};
 use ivsmc_proto::memory::Memory;
 use ivsmc_shm::mem;
 
+use ivsmc_proto::slot::SlotState;
+
 use super::*;
 use crate::device::tests::{spec, Scratch};
+use crate::host::Plain;
+use crate::server::{self, Server, ServerHandle, ServerOptions};
 
 fn attach(path: &Path) -> Arc<Attachment> {
     Attachment::open(&spec(Kind::File, path)).unwrap()
@@ -99,14 +104,34 @@ fn every_slot_can_be_taken_and_one_more_is_refused() {
     assert_eq!(attach(&path).me().index, index);
 }
 
-/// Set in the child process of the tests below: the file to attach to.
+/// Set in the child process of the tests below: the device to attach to.
 const CHILD: &str = "IVSMC_TEST_ATTACHMENT";
+
+/// The other process, about to do what [`child`] does on `device`; its input, and the lines it says.
+fn start(device: &DeviceSpec) -> (Child, ChildStdin, impl FnMut() -> Option<String>) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "attachment::tests::child", "--nocapture"])
+        .env(CHILD, device.as_str())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let input = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let said = move || lines.find_map(|line| line.strip_prefix("child ").map(ToOwned::to_owned));
+    (child, input, said)
+}
+
+fn kill(child: &mut Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
 
 /// The other process: takes a slot and DMBs, says so, and waits to be killed.
 #[test]
 fn child() {
-    let Ok(path) = std::env::var(CHILD) else { return };
-    let attachment = attach(Path::new(&path));
+    let Ok(device) = std::env::var(CHILD) else { return };
+    let attachment = Attachment::open(&device.parse().unwrap()).unwrap();
     let mut lines = std::io::stdin().lines().map(Result::unwrap);
     let mut number = move || lines.next().unwrap().parse::<u64>().unwrap();
     let parent = SlotRef {
@@ -128,16 +153,7 @@ fn what_a_killed_process_had_comes_back() {
     let scratch = Scratch::new();
     let path = scratch.file("region", 64 << 20);
     let parent = attach(&path);
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "attachment::tests::child", "--nocapture"])
-        .env(CHILD, &path)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = child.stdin.take().unwrap();
-    let mut output = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
-    let mut said = || output.find_map(|line| line.strip_prefix("child ").map(ToOwned::to_owned));
+    let (mut child, mut input, mut said) = start(&spec(Kind::File, &path));
     writeln!(input, "{}\n{}", parent.me().index, parent.me().generation).unwrap();
     let numbers: Vec<u64> =
         said().unwrap().split(' ').map(|number| number.parse().unwrap()).collect();
@@ -154,8 +170,7 @@ fn what_a_killed_process_had_comes_back() {
     assert_eq!(parent.reap(), 0);
     assert!(parent.is_peer_alive(peer));
 
-    child.kill().unwrap();
-    child.wait().unwrap();
+    kill(&mut child);
     assert!(parent.region().is_live(peer), "nobody has looked yet");
     assert!(!parent.is_peer_alive(peer));
     assert_eq!(parent.reap(), 0, "it was reclaimed by the look");
@@ -175,23 +190,53 @@ fn what_a_killed_process_had_comes_back() {
 fn a_newcomer_takes_the_slot_of_a_killed_process() {
     let scratch = Scratch::new();
     let path = scratch.file("region", 1 << 20);
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "attachment::tests::child", "--nocapture"])
-        .env(CHILD, &path)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = child.stdin.take().unwrap();
+    let (mut child, mut input, mut said) = start(&spec(Kind::File, &path));
     writeln!(input, "0\n1").unwrap();
-    let mut output = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
-    assert!(output.any(|line| line.starts_with("child ")));
-    child.kill().unwrap();
-    child.wait().unwrap();
+    said().unwrap();
+    kill(&mut child);
     let newcomer = attach(&path);
     assert_eq!((newcomer.me().index, newcomer.me().generation), (0, 2));
     let census = newcomer.census();
     assert_eq!((census.live, census.extents, census.dmbs_held), (1, 0, 0));
+}
+
+/// Ends the ivshmem server also when an assertion fails.
+struct StopOnDrop(ServerHandle);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+#[test]
+fn an_ivshmem_server_of_ours_says_that_a_client_was_killed() {
+    let scratch = Scratch::new();
+    let socket = scratch.path().join("ivs.sock");
+    let mut options = ServerOptions::new(&socket);
+    options.backing = server::Backing::Memfd { size: 2 << 20 };
+    let server = Server::new(options).unwrap();
+    thread::scope(|scope| {
+        let _stop = StopOnDrop(server.handle());
+        scope.spawn(|| server.serve(&Plain, |_| {}).unwrap());
+        let device = spec(Kind::Host, &socket);
+        let parent = Attachment::open(&device).unwrap();
+        let state = parent.region().slot_state(parent.me().index);
+        let id = parent.region().slot_info(parent.me()).unwrap().ivposition;
+        assert_eq!(state, SlotState::Live { at: parent.me(), prover: Prover::IvPosition(id) });
+        let (mut child, mut input, mut said) = start(&device);
+        writeln!(input, "0\n1").unwrap();
+        said().unwrap();
+        assert_eq!((parent.census().live, parent.reap()), (2, 0));
+        kill(&mut child);
+        while parent.census().live == 2 {
+            thread::yield_now();
+        }
+        while parent.census().dead > 0 {
+            thread::yield_now();
+        }
+        assert_eq!(parent.census().extents, 0);
+    });
 }
 
 #[test]
