@@ -5,6 +5,8 @@
 //! [`Session::fallback`].
 #![forbid(unsafe_code)]
 
+mod accept;
+mod acceptor;
 mod attachment;
 mod connect;
 mod device;
@@ -17,16 +19,21 @@ mod listen;
 mod options;
 mod reactor;
 mod readiness;
+mod retry;
 mod runtime;
 pub mod server;
 mod session;
+mod setup;
 mod spin;
 mod wait;
 
 pub use connect::{connect, ConnectOptions, Require};
-pub use devices::{devices, open_device, Device, DeviceInfo};
+pub use attachment::AttachmentStats;
+pub use device::Kind;
+pub use devices::{devices, open_device, Device, DeviceInfo, RegionInfo};
 pub use error::{Error, Result};
 pub use fallback::{Fallback, Reason, Side};
 pub use host::{Deadline, Host, Plain, Timeout};
-pub use listen::{ListenOptions, Listener};
+pub use listen::{ListenOptions, Listener, ListenerStats};
+pub use runtime::release_unused;
 pub use session::{RecvFlags, Session, SessionStats, Shutdown};

@@ -189,3 +189,9 @@ impl Drop for Lease {
         }
     }
 }
+
+/// Leaves every region and ends the background thread now, if nothing is open; returns whether
+/// that is so. It happens by itself a second after the last session, listener or device closed.
+pub fn release_unused() -> bool {
+    Runtime::current().map_or(true, Runtime::release_unused)
+}

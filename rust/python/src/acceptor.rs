@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ivsmc::{Error, ListenOptions, Listener};
 use ivsmc_shm::fd::Fd;
+use ivsmc_shm::net;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
@@ -36,12 +37,13 @@ impl Acceptor {
     ) -> PyResult<Self> {
         // First of all: it is ours to close from now on, whatever follows.
         let fd = Fd::adopt(fd)?;
-        let options = ListenOptions { backlog, shared, device, require: self::require(require)?, buffer };
+        let require = self::require(require)?;
+        let options =
+            ListenOptions { backlog, shared, device, require, buffer, ..ListenOptions::default() };
         let listener = py
             .detach(|| Listener::adopt(fd, options))
             .map_err(|error| errors::to_python(py, error))?;
-        let family = listener.local_addr().map(|address| address::family(&address));
-        let family = family.map_err(|error| errors::to_python(py, error))?;
+        let family = address::family(&listener.local_addr());
         Ok(Self { listener, family, closed: AtomicBool::new(false) })
     }
 
@@ -77,8 +79,9 @@ impl Acceptor {
     }
 
     fn getsockname<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let address = self.listener.local_addr().map_err(|error| errors::to_python(py, error))?;
-        address::to_tuple(py, &address)
+        // A closed socket has no name.
+        self.listener.socket().map_err(|error| errors::to_python(py, error))?;
+        address::to_tuple(py, &self.listener.local_addr())
     }
 
     #[pyo3(signature = (level, option, buflen = 0, /))]
@@ -89,7 +92,9 @@ impl Acceptor {
         option: i32,
         buflen: isize,
     ) -> PyResult<Bound<'py, PyAny>> {
-        get_option(py, buflen, |into| self.listener.get_option(level, option, into))
+        get_option(py, buflen, |into| {
+            Ok(net::get_option(&*self.listener.socket()?, level, option, into)?)
+        })
     }
 
     #[pyo3(signature = (level, option, value, optlen = None, /))]
@@ -101,16 +106,18 @@ impl Acceptor {
         value: Option<&Bound<'_, PyAny>>,
         optlen: Option<usize>,
     ) -> PyResult<()> {
-        set_option(py, value, optlen, |bytes| self.listener.set_option(level, option, bytes))
+        set_option(py, value, optlen, |bytes| {
+            Ok(net::set_option(&*self.listener.socket()?, level, option, bytes)?)
+        })
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = self.listener.stats();
+        let stats = self.listener.stats().map_err(|error| errors::to_python(py, error))?;
         let dict = PyDict::new(py);
         dict.set_item("accepted_smc", stats.accepted_smc)?;
         dict.set_item("accepted_tcp", stats.accepted_tcp)?;
-        dict.set_item("held", stats.held)?;
-        dict.set_item("refused", stats.refused)?;
+        dict.set_item("handshakes", stats.handshakes)?;
+        dict.set_item("ready", stats.ready)?;
         Ok(dict)
     }
 

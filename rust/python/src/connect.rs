@@ -30,6 +30,7 @@ pub(crate) fn connect(
         device,
         require: self::require(require)?,
         buffer,
+        eid: None,
     };
     let gil = Gil::new(py);
     let session = ivsmc::connect(address, &options, &gil).map_err(|error| gil.raise(error))?;

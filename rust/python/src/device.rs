@@ -1,0 +1,115 @@
+//! Devices for Python: what is found, and one held open.
+
+use ivsmc::{DeviceInfo, RegionInfo};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+use crate::errors;
+
+/// The devices that connections use by default, one dict each.
+#[pyfunction]
+pub(crate) fn devices(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
+    let found = py.detach(ivsmc::devices).map_err(|error| errors::to_python(py, error))?;
+    let list = PyList::empty(py);
+    for info in found {
+        list.append(describe(py, info)?)?;
+    }
+    Ok(list)
+}
+
+fn describe(py: Python<'_>, info: DeviceInfo) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("spec", info.spec)?;
+    dict.set_item("kind", info.kind.name())?;
+    dict.set_item("usable", info.problem.is_none())?;
+    dict.set_item("reason", info.problem)?;
+    if let Some(region) = info.region {
+        dict.set_item("region", uuid(region.uuid))?;
+        dict.set_item("size", region.size)?;
+        dict.set_item("slot", &region.slot)?;
+        dict.set_item("peers", region.census.live.saturating_sub(1))?;
+    }
+    Ok(dict)
+}
+
+/// A uuid in its usual form.
+pub(crate) fn uuid(value: u128) -> String {
+    let hex = format!("{value:032x}");
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// Attaches to the device `spec` now, rather than at the first connect or listen.
+#[pyfunction]
+#[pyo3(signature = (spec, /))]
+pub(crate) fn open_device(py: Python<'_>, spec: &str) -> PyResult<Device> {
+    let device =
+        py.detach(|| ivsmc::open_device(spec)).map_err(|error| errors::to_python(py, error))?;
+    Ok(Device { device })
+}
+
+/// Leaves every region, if nothing is open; for the end of the process.
+#[pyfunction]
+pub(crate) fn shutdown(py: Python<'_>) -> bool {
+    py.detach(ivsmc::release_unused)
+}
+
+/// One device this process is attached to.
+#[pyclass(frozen, module = "ivsmc._native")]
+pub(crate) struct Device {
+    device: ivsmc::Device,
+}
+
+impl Device {
+    fn region(&self, py: Python<'_>) -> PyResult<RegionInfo> {
+        py.detach(|| self.device.region()).map_err(|error| errors::to_python(py, error))
+    }
+}
+
+#[pymethods]
+impl Device {
+    #[getter]
+    fn spec(&self) -> &str {
+        self.device.spec()
+    }
+
+    #[getter]
+    fn kind(&self) -> &'static str {
+        self.device.kind().name()
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let region = self.region(py)?;
+        let dict = PyDict::new(py);
+        dict.set_item("region", uuid(region.uuid))?;
+        dict.set_item("size", region.size)?;
+        dict.set_item("slot", region.slot)?;
+        dict.set_item("slots", region.slots)?;
+        dict.set_item("extent_size", region.extent_size)?;
+        dict.set_item("extents_total", region.extents)?;
+        dict.set_item("extents", region.own.extents)?;
+        dict.set_item("dmbs", region.own.dmbs)?;
+        dict.set_item("limbo", region.own.limbo)?;
+        Ok(dict)
+    }
+
+    fn census<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let census = self.region(py)?.census;
+        let dict = PyDict::new(py);
+        dict.set_item("live", census.live)?;
+        dict.set_item("dead", census.dead)?;
+        dict.set_item("listeners", census.listeners)?;
+        dict.set_item("intents", census.intents)?;
+        dict.set_item("extents", census.extents)?;
+        dict.set_item("dmbs_held", census.dmbs_held)?;
+        dict.set_item("dmbs_attached", census.dmbs_attached)?;
+        Ok(dict)
+    }
+
+    fn reap(&self, py: Python<'_>) -> PyResult<usize> {
+        py.detach(|| self.device.reap()).map_err(|error| errors::to_python(py, error))
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.device.close()).map_err(|error| errors::to_python(py, error))
+    }
+}

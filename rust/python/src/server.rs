@@ -1,0 +1,103 @@
+//! `Server`: the ivshmem server for Python.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ivsmc::server::{self, Backing, ServerOptions};
+use ivsmc::Timeout;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+use crate::errors;
+use crate::gil::Gil;
+
+/// An ivshmem server, speaking QEMU's protocol on the Unix socket `path`.
+#[pyclass(frozen, module = "ivsmc._native")]
+pub(crate) struct Server {
+    /// `None` once closed; a thread that serves holds a clone.
+    open: Mutex<Option<Arc<server::Server>>>,
+}
+
+impl Server {
+    fn server(&self) -> PyResult<Arc<server::Server>> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.clone().ok_or_else(|| PyValueError::new_err("the ivshmem server is closed"))
+    }
+}
+
+#[pymethods]
+impl Server {
+    #[new]
+    #[pyo3(signature = (path, *, size, vectors, file = None, mode = 0o600))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        size: u64,
+        vectors: u16,
+        file: Option<PathBuf>,
+        mode: u32,
+    ) -> PyResult<Self> {
+        let backing = match file {
+            None => Backing::Memfd { size },
+            Some(path) => Backing::File { path, size: Some(size) },
+        };
+        let options = ServerOptions { mode, backing, vectors, ..ServerOptions::new(path) };
+        let server = py
+            .detach(|| server::Server::new(options))
+            .map_err(|error| errors::to_python(py, error))?;
+        Ok(Self { open: Mutex::new(Some(Arc::new(server))) })
+    }
+
+    #[pyo3(signature = (poll, /, log = None))]
+    fn serve(&self, py: Python<'_>, poll: f64, log: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let server = self.server()?;
+        let gil = Gil::new(py);
+        let time = Duration::try_from_secs_f64(poll)
+            .map_err(|_| PyValueError::new_err("poll is a number of seconds, not negative"))?;
+        let mut failed = None;
+        let served = server.serve_for(Timeout::After(time), &gil, |event| {
+            if let (Some(log), None) = (log, &failed) {
+                failed = log.call1((event.to_string(),)).err();
+            }
+        });
+        match (failed, served) {
+            (Some(raised), _) => Err(raised),
+            (None, served) => served.map_err(|error| gil.raise(error)),
+        }
+    }
+
+    fn status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let status = self.server()?.status().map_err(|error| errors::to_python(py, error))?;
+        let clients = PyList::empty(py);
+        for client in status.clients {
+            let dict = PyDict::new(py);
+            dict.set_item("id", client.id)?;
+            dict.set_item("pid", client.pid)?;
+            dict.set_item("uid", client.uid)?;
+            dict.set_item("age", client.age.as_secs_f64())?;
+            dict.set_item("behind", client.behind)?;
+            clients.append(dict)?;
+        }
+        let dict = PyDict::new(py);
+        dict.set_item("path", status.path)?;
+        dict.set_item("file", status.file)?;
+        dict.set_item("region", crate::device::uuid(status.uuid))?;
+        dict.set_item("size", status.size)?;
+        dict.set_item("vectors", status.vectors)?;
+        dict.set_item("clients", clients)?;
+        dict.set_item("joined", status.joined)?;
+        dict.set_item("left", status.left)?;
+        dict.set_item("refused", status.refused)?;
+        Ok(dict)
+    }
+
+    fn close(&self, py: Python<'_>) {
+        let server = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(server) = server {
+            server.handle().stop();
+            py.detach(|| drop(server));
+        }
+    }
+}
