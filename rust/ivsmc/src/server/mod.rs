@@ -10,7 +10,7 @@
 //!   is there for as long as it is (`ivsmc_proto::marker`).
 //! * **No client holds up another.** Nothing waits for a client. One that does not read is only
 //!   behind: it costs a bounded number of descriptors in flight and a few bytes for each id
-//!   ([`outbox`]), and gets what still matters when it reads again.
+//!   (`outbox.rs`), and gets what still matters when it reads again.
 //! * **Memory is there.** The region is reserved whole; a memfd is sealed, so that no client can
 //!   take it away from under another.
 //!
@@ -25,17 +25,17 @@
 mod client;
 mod ids;
 mod memory;
+mod options;
 mod outbox;
 mod socket;
+mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
-use ivsmc_proto::ivshmem::MAX_VECTORS;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
 use ivsmc_shm::{errno, fork, net};
@@ -45,15 +45,15 @@ use self::ids::Ids;
 use self::memory::Memory;
 use self::outbox::Outbox;
 use self::socket::Socket;
-use crate::host::Host;
+use crate::host::{Host, Timeout};
 use crate::reactor::lock;
 use crate::{Error, Result};
 
 pub use self::ids::IdOrder;
 pub use self::memory::Backing;
+pub use self::options::ServerOptions;
+pub use self::status::{ClientStatus, Event, Status};
 
-/// Clients there can be: as many as there are ids.
-const MAX_CLIENTS: usize = 1 << 16;
 /// When to send again after the kernel had no room for reasons beyond a client.
 const RETRY: Duration = Duration::from_millis(100);
 /// When to accept again after even refusing was not possible.
@@ -64,146 +64,6 @@ const ACCEPTS: usize = 64;
 /// Keys of the epoll; those of clients are above (`serial << 16 | id`, serial from 1).
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
-
-/// How an ivshmem server is to be.
-#[derive(Clone, Debug)]
-pub struct ServerOptions {
-    /// Where clients connect: a path of at most 107 bytes. A dead server's socket there is
-    /// replaced, a live one's is an error.
-    pub path: PathBuf,
-    /// Permissions of the socket; who may write it may join. Default 0600.
-    pub mode: u32,
-    /// The shared memory. Default: a memfd of 64 MiB.
-    pub backing: Backing,
-    /// Eventfds of each client, 1..=256; QEMU's `vectors=` must be at least that. Default 1, as
-    /// QEMU's.
-    pub vectors: u16,
-    /// Default: the lowest that is free.
-    pub ids: IdOrder,
-    /// More clients than this are turned away, 1..=65536. Default 65536; descriptors may end
-    /// sooner: each client takes one, and one for each vector.
-    pub max_clients: usize,
-}
-
-impl ServerOptions {
-    /// The defaults, at `path`.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            mode: 0o600,
-            backing: Backing::Memfd { size: 64 << 20 },
-            vectors: 1,
-            ids: IdOrder::default(),
-            max_clients: MAX_CLIENTS,
-        }
-    }
-
-    fn judge(&self) -> Result<()> {
-        let wrong = |what: String| Err(Error::ApiMisuse(what));
-        if !(1..=MAX_VECTORS).contains(&self.vectors) {
-            return wrong(format!("vectors={}: 1 to {MAX_VECTORS} are possible", self.vectors));
-        }
-        if !(1..=MAX_CLIENTS).contains(&self.max_clients) {
-            return wrong(format!(
-                "max_clients={}: 1 to {MAX_CLIENTS} are possible",
-                self.max_clients
-            ));
-        }
-        if self.mode & !0o777 != 0 {
-            return wrong(format!("mode={:#o}: 0 to 0o777 are permissions", self.mode));
-        }
-        Ok(())
-    }
-}
-
-/// What happened to an ivshmem server, for its log.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// A client has joined.
-    Joined {
-        /// Its id.
-        id: u16,
-        /// Its process; absent or 0 if the kernel does not tell.
-        pid: Option<i32>,
-        /// Its user.
-        uid: Option<u32>,
-    },
-    /// A client has left.
-    Left {
-        /// Its id.
-        id: u16,
-        /// Peer slots that were marked dead with it; 0 if it had given them up by itself.
-        slots: usize,
-    },
-    /// A newcomer was turned away.
-    Refused {
-        /// Why, and what mends it.
-        reason: String,
-    },
-    /// Nobody can join for a moment.
-    Paused {
-        /// Why, and what mends it.
-        reason: String,
-    },
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Joined { id, pid: Some(pid), uid: Some(uid) } => {
-                write!(f, "peer {id} joined (process {pid}, user {uid})")
-            }
-            Self::Joined { id, .. } => write!(f, "peer {id} joined"),
-            Self::Left { id, slots: 0 } => write!(f, "peer {id} left"),
-            Self::Left { id, slots } => {
-                write!(f, "peer {id} left, {slots} of its slots marked dead")
-            }
-            Self::Refused { reason } => write!(f, "a newcomer was turned away: {reason}"),
-            Self::Paused { reason } => write!(f, "nobody can join for a moment: {reason}"),
-        }
-    }
-}
-
-/// One client as [`Server::status`] shows it.
-#[derive(Clone, Debug)]
-pub struct ClientStatus {
-    /// Its id.
-    pub id: u16,
-    /// Its process; absent or 0 if the kernel does not tell.
-    pub pid: Option<i32>,
-    /// Its user.
-    pub uid: Option<u32>,
-    /// How long it has been there.
-    pub age: Duration,
-    /// Things it has not been told yet because it does not read.
-    pub behind: usize,
-}
-
-/// An ivshmem server at one moment.
-#[derive(Clone, Debug)]
-pub struct Status {
-    /// Where clients connect.
-    pub path: PathBuf,
-    /// The region's file; absent for a memfd.
-    pub file: Option<PathBuf>,
-    /// Names the region.
-    pub uuid: u128,
-    /// Bytes of the region.
-    pub size: u64,
-    /// Eventfds of each client.
-    pub vectors: u16,
-    /// By id.
-    pub clients: Vec<ClientStatus>,
-    /// Ids that are not given out because slots in the region still name them, and no client of
-    /// this ivshmem server has them: of clients of an earlier one on the same file.
-    pub held_ids: Vec<u16>,
-    /// Clients that have joined since the start.
-    pub joined: u64,
-    /// Clients that have left since the start.
-    pub left: u64,
-    /// Newcomers turned away since the start.
-    pub refused: u64,
-}
 
 /// An ivshmem server: listening, and handing out its region while [`Server::serve`] runs.
 ///
@@ -307,7 +167,21 @@ impl Server {
     /// # Errors
     /// Whatever [`Host::interrupted`] gives after a signal; [`Error::ApiMisuse`] if another thread
     /// is serving, [`Error::Forked`] in a forked child, [`Error::Os`] if waiting fails.
-    pub fn serve(&self, host: &impl Host, mut on_event: impl FnMut(Event)) -> Result<()> {
+    pub fn serve(&self, host: &impl Host, on_event: impl FnMut(Event)) -> Result<()> {
+        self.serve_for(Timeout::Never, host, on_event)
+    }
+
+    /// As [`Server::serve`], but returns after `time` too: at once, having done what there is to
+    /// do, for [`Timeout::NonBlocking`].
+    ///
+    /// # Errors
+    /// Those of [`Server::serve`]; time that runs out is none.
+    pub fn serve_for(
+        &self,
+        time: Timeout,
+        host: &impl Host,
+        mut on_event: impl FnMut(Event),
+    ) -> Result<()> {
         self.judge_process()?;
         let _serving = match self.serving.try_lock() {
             Ok(guard) => guard,
@@ -316,12 +190,16 @@ impl Server {
                 return Err(Error::ApiMisuse("this ivshmem server is being served already".into()))
             }
         };
+        let deadline = time.deadline();
         let mut ready = [EpollEvent::default(); 64];
         let mut events = Vec::new();
         loop {
-            let timeout = lock(&self.state)
+            // Over: look once more, without waiting.
+            let left = deadline.left().unwrap_or(Some(Duration::ZERO));
+            let look = lock(&self.state)
                 .next_look()
                 .map(|when| when.saturating_duration_since(Instant::now()));
+            let timeout = look.into_iter().chain(left).min();
             let waited = host.blocking(|| self.epoll.wait(&mut ready, timeout));
             let ready = match waited {
                 Ok(count) => &ready[..count],
@@ -333,7 +211,7 @@ impl Server {
             };
             let stopped = self.turn(ready, &mut events);
             events.drain(..).for_each(&mut on_event);
-            if stopped {
+            if stopped || left == Some(Duration::ZERO) {
                 return Ok(());
             }
         }

@@ -9,9 +9,10 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ivsmc::server::{Backing, Event, IdOrder, Server, ServerOptions};
-use ivsmc::{Error, Plain};
+use ivsmc::{Error, Plain, Timeout};
 use ivsmc_proto::slot::SlotState;
 use ivsmc_shm::{file, lock};
 
@@ -387,4 +388,16 @@ fn serving_is_for_one_thread_and_ends_when_told() {
     let _served = Served::run(Arc::clone(&server));
     let other = Client::join(server.path(), 1);
     assert_eq!((client.id, other.id), (0, 1));
+}
+
+#[test]
+fn serving_for_a_time_does_what_there_is_to_do() {
+    let scratch = Scratch::new();
+    let server = Server::new(scratch.options()).unwrap();
+    let _waiting = Client::connect(server.path());
+    let mut joined = 0;
+    for time in [Timeout::NonBlocking, Timeout::After(Duration::from_millis(1))] {
+        server.serve_for(time, &Plain, |_| joined += 1).unwrap();
+    }
+    assert_eq!(joined, 1);
 }

@@ -45,8 +45,15 @@ struct Counts {
 }
 
 impl Process {
-    /// Serves at `path` with at most `files` descriptors, as an ordinary user.
-    fn start(scratch: &Scratch, path: &Path, files: u32, backing: Option<&Path>) -> Process {
+    /// Serves at `path` with at most `files` descriptors, as an ordinary user: `user`, if this
+    /// process may become that.
+    fn start(
+        scratch: &Scratch,
+        path: &Path,
+        user: u32,
+        files: u32,
+        backing: Option<&Path>,
+    ) -> Process {
         // That user may not be able to reach the directory this program is in.
         let program = scratch.path("program");
         if !program.exists() {
@@ -67,8 +74,8 @@ impl Process {
             command.env("SERVER_FILE", backing);
         }
         if file::effective_uid() == 0 {
-            // nobody: root may have any number of descriptors in flight.
-            command.uid(65_534).gid(65_534);
+            // Root may have any number of descriptors in flight.
+            command.uid(user).gid(user);
         }
         let mut child = command.spawn().unwrap();
         let stdin = child.stdin.take();
@@ -116,7 +123,7 @@ impl Drop for Process {
 fn without_descriptors_newcomers_are_turned_away_and_the_others_stay() {
     let scratch = Scratch::new();
     let path = scratch.path("ivs.sock");
-    let mut server = Process::start(&scratch, &path, 64, None);
+    let mut server = Process::start(&scratch, &path, 60_001, 64, None);
     let mut first = Client::join(&path, 2);
     let before = server.status().open_files;
     for _ in 0..3 {
@@ -147,21 +154,32 @@ fn without_descriptors_newcomers_are_turned_away_and_the_others_stay() {
     assert!(!path.exists());
 }
 
+/// Clients of `path` that leave as many descriptors unread as they can: three each.
+fn mute_clients(path: &Path, count: usize) -> Vec<Client> {
+    let mut mute: Vec<_> = (0..count).map(|_| Client::connect(path)).collect();
+    for client in &mut mute {
+        // Version and id, which come without.
+        client.read();
+        client.read();
+    }
+    mute
+}
+
 #[test]
 fn clients_that_do_not_read_take_no_descriptors_from_others() {
     let scratch = Scratch::new();
     let path = scratch.path("ivs.sock");
     // An ordinary user may have about as many in flight as it may have open.
-    let server = Process::start(&scratch, &path, 256, None);
+    let server = Process::start(&scratch, &path, 60_002, 256, None);
     let mut first = Client::join(&path, 2);
-    let mute: Vec<_> = (0..75).map(|_| Client::connect(&path)).collect();
-    first.read_until_peers(75, 2);
+    let mute = mute_clients(&path, 70);
+    first.read_until_peers(70, 2);
     for _ in 0..20 {
         let other = Client::join(&path, 2);
-        assert_eq!(other.peers.len(), 76);
-        first.read_until_peers(76, 2);
+        assert_eq!(other.peers.len(), 71);
+        first.read_until_peers(71, 2);
         drop(other);
-        first.read_until_peers(75, 2);
+        first.read_until_peers(70, 2);
     }
     drop(mute);
     first.read_until_peers(0, 2);
@@ -169,11 +187,30 @@ fn clients_that_do_not_read_take_no_descriptors_from_others() {
 }
 
 #[test]
+fn descriptors_in_flight_elsewhere_only_delay() {
+    let scratch = Scratch::new();
+    let (path, other_path) = (scratch.path("ivs.sock"), scratch.path("other.sock"));
+    let server = Process::start(&scratch, &path, 60_004, 64, None);
+    let other = Process::start(&scratch, &other_path, 60_004, 256, None);
+    // More in flight for this user than the first server may have.
+    let mute = mute_clients(&other_path, 70);
+    let mut client = Client::connect(&path);
+    assert_eq!([client.read(), client.read()], [(0, false), (0, false)]);
+    if file::effective_uid() == 0 {
+        assert_eq!(client.read_ready(), 0);
+    }
+    drop(mute);
+    client.read_until(|client| client.own.len() == 2);
+    server.end();
+    other.end();
+}
+
+#[test]
 fn a_killed_server_is_replaced() {
     let scratch = Scratch::new();
     let path = scratch.path("ivs.sock");
     let region_path = scratch.path("region");
-    let server = Process::start(&scratch, &path, 256, Some(&region_path));
+    let server = Process::start(&scratch, &path, 60_003, 256, Some(&region_path));
     let guest = Client::join(&path, 2);
     let region = guest.attach();
     let slot = guest.claim(&region);
@@ -188,7 +225,7 @@ fn a_killed_server_is_replaced() {
     let file = reopened(guest.region.as_ref().unwrap());
     assert!(!lock::is_locked_by_other(&file, region.marking_server_offset()).unwrap());
 
-    let next = Process::start(&scratch, &path, 256, Some(&region_path));
+    let next = Process::start(&scratch, &path, 60_003, 256, Some(&region_path));
     assert!(region.marking_server().is_some_and(|now| Some(now) != killed));
     assert!(lock::is_locked_by_other(&file, region.marking_server_offset()).unwrap());
     // Whether the guest is dead nobody can tell: its id is not given out.
