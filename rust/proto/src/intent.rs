@@ -7,11 +7,12 @@
 //! ```text
 //!            publish           connected         match           commit
 //!   free ---------> ANNOUNCED ---------> PENDING -----> MATCHED ------> COMMITTED
-//!    ^    (client)      |     (client)      | (acceptor)  |  | (client)     |
-//!    |                  |                   |             |  | refuse       |
-//!    |   withdraw       |                   |             |  v (acceptor)   | finish
-//!    +--- (client) <----+-------------------+-------------+- REFUSED        | (client)
-//!    +----------------------------------------------------------------------+
+//!    ^    (client)      |     (client)      | (acceptor)  |  | (client)   |    |
+//!    |                  |                   |             |  | refuse     |    | abandon
+//!    |   withdraw       |                   |             |  v (acceptor) |    v (client, reaper)
+//!    +--- (client) <----+-------------------+-------------+- REFUSED      |  ABANDONED
+//!    +---------------------------------- finish (client) <----------------+    |
+//!    +---------------------------- refuse (acceptor), or publish in need <-----+
 //! ```
 //!
 //! Why so many states (each is needed: `tests/intent_search.rs` leaves one out and finds how a
@@ -23,8 +24,10 @@
 //!   up by a program that used the port before, is taken for the client's.
 //! * MATCHED, until the client has agreed. It may have given up, and either may be killed.
 //! * COMMITTED, after which neither turns back to plain TCP: the next byte is a CLC message.
-//!   The intent of a client killed here stays COMMITTED (a tombstone), for an acceptor that did not
-//!   yet see it so; whoever needs an entry and finds no free one takes it.
+//! * ABANDONED, when the client gives up or is killed there before the acceptor has answered. The
+//!   acceptor may not have seen it commit yet; were the intent gone, it would take that for a
+//!   withdrawal and give out CLC bytes as plain ones. The acceptor that sees it frees it; where
+//!   none is left to see it, whoever needs an entry and finds no free one.
 //!
 //! An entry lies in a window of the table that the client's port selects.
 
@@ -86,6 +89,8 @@ pub enum IntentState {
     Committed,
     /// The acceptor has given the connection out as plain TCP.
     Refused,
+    /// The client gave up or died after it had committed; the connection is nobody's.
+    Abandoned,
 }
 
 impl IntentState {
@@ -97,6 +102,7 @@ impl IntentState {
             IntentState::Matched => 4,
             IntentState::Committed => 5,
             IntentState::Refused => 6,
+            IntentState::Abandoned => 7,
         }
     }
 
@@ -108,6 +114,7 @@ impl IntentState {
             4 => Some(IntentState::Matched),
             5 => Some(IntentState::Committed),
             6 => Some(IntentState::Refused),
+            7 => Some(IntentState::Abandoned),
             _ => None,
         }
     }
@@ -160,6 +167,11 @@ fn freed(word: u64) -> u64 {
     (((word >> SEQUENCE_SHIFT) + 1) & SEQUENCES) << SEQUENCE_SHIFT
 }
 
+/// Whether `word` is an abandoned intent, which is nobody's any more.
+fn is_abandoned(word: u64) -> bool {
+    IntentState::decode(word) == Some(IntentState::Abandoned)
+}
+
 impl<M: Memory> Region<M> {
     /// Announces that `owner`, the caller, is about to connect as `key` says. `None` if there is
     /// no room, or the owner is dead.
@@ -167,10 +179,9 @@ impl<M: Memory> Region<M> {
     /// The caller makes it [`IntentState::Pending`] when connect() has succeeded, and in the end
     /// withdraws or finishes it, before it closes the connection.
     pub fn publish_intent(&self, owner: SlotRef, key: &IntentKey) -> Option<IntentRef> {
-        // A free entry; only if there is none, a tombstone.
-        let entry = self.claim_intent(owner, key, |word| word >> STATE_SHIFT == FREE);
-        let entry =
-            entry.or_else(|| self.claim_intent(owner, key, |word| self.is_tombstone(word)))?;
+        let entry = self
+            .claim_intent(owner, key, |word| word >> STATE_SHIFT == FREE)
+            .or_else(|| self.claim_intent(owner, key, is_abandoned))?;
         let at = self.geometry().intent(entry.index);
         // Pairs with the fence in `reclaim`: either it finds the entry, or we find us dead.
         self.memory().fence();
@@ -206,9 +217,8 @@ impl<M: Memory> Region<M> {
         let mut best: Option<(IntentRef, IntentState)> = None;
         for index in self.window(key) {
             let word = self.word(self.geometry().intent(index));
-            let Some(state) = IntentState::decode(word) else {
-                continue;
-            };
+            let state = IntentState::decode(word).filter(|_| !is_abandoned(word));
+            let Some(state) = state else { continue };
             let intent = IntentRef::of(index, word);
             if self.key_of(&intent) != Some(*key) || !self.is_live(intent.owner) {
                 continue;
@@ -256,12 +266,19 @@ impl<M: Memory> Region<M> {
 
     /// Acceptor, when it gives up on a match (a byte, the end of the stream, a deadline): matched
     /// to refused, and the connection is plain TCP. If the client has committed meanwhile, it is
-    /// not: the bytes are CLC messages.
+    /// not: the bytes are CLC messages. If the client has abandoned it, the acceptor closes the
+    /// connection, and this has freed the intent.
+    ///
+    /// Also when a connection whose intent was committed has ended without an answer, for the last.
     ///
     /// # Errors
     /// The state found; `None` if the incarnation has ended, then the connection is plain TCP too.
     pub fn refuse_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        self.advance(intent, IntentState::Matched, IntentState::Refused)
+        let refused = self.advance(intent, IntentState::Matched, IntentState::Refused);
+        if refused == Err(Some(IntentState::Abandoned)) {
+            self.free_intent(intent, IntentState::Abandoned);
+        }
+        refused
     }
 
     /// Client, before its first CLC byte: matched to committed. Only while its connection is open
@@ -279,35 +296,45 @@ impl<M: Memory> Region<M> {
     /// # Errors
     /// The state found; `None` if the incarnation has ended.
     pub fn withdraw_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        let at = self.geometry().intent(intent.index);
         // The acceptor may change it meanwhile, but never back.
         for _ in 0..TRIES {
             match self.intent_state(intent) {
                 None => return Err(None),
-                Some(IntentState::Committed) => return Err(Some(IntentState::Committed)),
-                Some(state) => {
-                    let word = intent.word(state.encode());
-                    if self.replace(at, word, freed(word)) {
-                        return Ok(());
-                    }
+                Some(found @ (IntentState::Committed | IntentState::Abandoned)) => {
+                    return Err(Some(found));
                 }
+                Some(state) if self.free_intent(intent, state) => return Ok(()),
+                Some(_) => {}
             }
         }
         Err(self.intent_state(intent))
     }
 
-    /// Client, when the handshake on the connection is over, well or not: frees a committed intent.
+    /// Client, when the acceptor has answered on the connection: frees a committed intent.
     ///
     /// # Errors
     /// The state found; `None` if the incarnation has ended.
     pub fn finish_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        let word = intent.word(IntentState::Committed.encode());
-        let at = self.geometry().intent(intent.index);
-        if self.replace(at, word, freed(word)) {
+        if self.free_intent(intent, IntentState::Committed) {
             Ok(())
         } else {
             Err(self.intent_state(intent))
         }
+    }
+
+    /// Client, when it gives up after it has committed and before the acceptor has answered; then
+    /// it closes the connection.
+    ///
+    /// # Errors
+    /// The state found; `None` if the incarnation has ended.
+    pub fn abandon_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
+        self.advance(intent, IntentState::Committed, IntentState::Abandoned)
+    }
+
+    /// Frees `intent` if it is in `state`.
+    fn free_intent(&self, intent: &IntentRef, state: IntentState) -> bool {
+        let word = intent.word(state.encode());
+        self.replace(self.geometry().intent(intent.index), word, freed(word))
     }
 
     /// One transition: a compare-exchange of the whole word.
@@ -346,47 +373,45 @@ impl<M: Memory> Region<M> {
             if !may(word) {
                 return None;
             }
-            // What a tombstone's incarnation was called must not come again: one further.
+            // What an abandoned incarnation was called must not come again: one further.
             let sequence = if word >> STATE_SHIFT == FREE { word } else { freed(word) };
             let entry = IntentRef { owner, ..IntentRef::of(index, sequence) };
             self.replace(at, word, entry.word(WRITING)).then_some(entry)
         })
     }
 
-    /// Whether `word` is the committed intent of a client that lives no more.
-    fn is_tombstone(&self, word: u64) -> bool {
-        IntentState::decode(word) == Some(IntentState::Committed)
-            && !self.is_live(IntentRef::of(0, word).owner)
-    }
-
-    /// Frees the intents of `dead`, but for committed ones; how many this call freed.
+    /// Frees the intents of `dead`, and makes those abandoned that it had committed; how many
+    /// this call changed.
     pub(crate) fn reclaim_intents(&self, dead: SlotRef) -> u32 {
-        let mut freed_here = 0;
-        for index in 0..self.geometry().intents() {
+        let changes = |index| {
             let at = self.geometry().intent(index);
             // A word that an acceptor changes meanwhile changes a bounded number of times.
             for _ in 0..TRIES {
                 let word = self.word(at);
-                if word >> STATE_SHIFT == FREE
-                    || word & OWNER != owner_bits(dead)
-                    || IntentState::decode(word) == Some(IntentState::Committed)
-                {
-                    break;
+                let new = match IntentState::decode(word) {
+                    Some(IntentState::Abandoned) => return false,
+                    Some(IntentState::Committed) => {
+                        IntentRef::of(index, word).word(IntentState::Abandoned.encode())
+                    }
+                    _ => freed(word),
+                };
+                if word >> STATE_SHIFT == FREE || word & OWNER != owner_bits(dead) {
+                    return false;
                 }
-                if self.replace(at, word, freed(word)) {
-                    freed_here += 1;
-                    break;
+                if self.replace(at, word, new) {
+                    return true;
                 }
             }
-        }
-        freed_here
+            false
+        };
+        (0..self.geometry().intents()).map(|index| u32::from(changes(index))).sum()
     }
 
-    /// Entries that somebody owns; tombstones are nobody's.
+    /// Entries that somebody owns; abandoned ones are nobody's.
     pub(crate) fn count_intents(&self) -> u32 {
         (0..self.geometry().intents())
             .map(|index| self.word(self.geometry().intent(index)))
-            .map(|word| u32::from(word >> STATE_SHIFT != FREE && !self.is_tombstone(word)))
+            .map(|word| u32::from(word >> STATE_SHIFT != FREE && !is_abandoned(word)))
             .sum()
     }
 }
