@@ -1,0 +1,490 @@
+//! The accepting side of a set-up: one connection whose client announced an intent.
+//!
+//! The background thread runs it: nothing here waits. The stages, and what may come in each:
+//!
+//! ```text
+//!   Announced --PENDING, ESTABLISHED: match--> Matched --COMMITTED--> Proposal --Accept--> Confirm
+//!       |                                         |                      |                   |
+//!       | byte, end, withdrawn, 1 s               | byte, end, 1 s:      | not CLC, Decline: | Decline: plain
+//!       v                                         v refuse               | plain             | Confirm: session
+//!     plain                                     plain                    | else: closed      | else: closed
+//! ```
+//!
+//! *Plain* hands the connection to the application with every byte still unread. *Closed* means
+//! that the client, which has committed itself, connects anew in plain TCP; the application never
+//! sees this connection.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use ivsmc_proto::clc::{AcceptConfirm, Device, Diagnosis, Eid, FirstContact, Message, Proposal};
+use ivsmc_proto::dmb::Token;
+use ivsmc_proto::intent::{IntentRef, IntentState};
+use ivsmc_proto::slot::SlotRef;
+use ivsmc_shm::fd::Fd;
+use ivsmc_shm::{net, poll};
+
+use crate::attachment::{Attachment, OwnDmb, PeerDmb};
+use crate::fallback::{Fallback, Reason, Side};
+use crate::handshake::{self, Heard, Inbox, Received, CLC_WAIT};
+use crate::listen::Acceptor;
+use crate::reactor::{lock, Key, Source};
+use crate::session::Session;
+use crate::spin;
+use crate::Deadline;
+
+/// How long a client may take to commit itself, and before that to notice that it is connected.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Time between two looks at an intent whose client has not yet noticed that it is connected.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// A handshake in progress.
+pub(crate) struct Handshake {
+    acceptor: Arc<Acceptor>,
+    key: OnceLock<Key>,
+    /// `None` once it is over.
+    work: Mutex<Option<Work>>,
+}
+
+struct Work {
+    conn: Fd,
+    peer: SocketAddr,
+    /// The intent, and the region it is in.
+    attachment: Arc<Attachment>,
+    intent: IntentRef,
+    stage: Stage,
+    inbox: Inbox,
+    deadline: Instant,
+    watched: bool,
+}
+
+enum Stage {
+    Announced,
+    Matched,
+    Proposal,
+    Confirm(Box<Offer>),
+}
+
+/// What an Accept has offered to whom.
+struct Offer {
+    own: OwnDmb,
+    client: SlotRef,
+    device: Device,
+    eid: Eid,
+}
+
+/// What one look at a handshake leads to.
+enum Step {
+    /// Look again at once: the stage has changed.
+    Again,
+    Wait,
+    Over(End),
+}
+
+/// How a handshake ends.
+enum End {
+    Plain(Fallback),
+    Shared { own: OwnDmb, tx: PeerDmb, client: SlotRef },
+    Closed,
+}
+
+/// An intent for a connection just accepted.
+pub(crate) struct Announcement {
+    pub(crate) attachment: Arc<Attachment>,
+    pub(crate) intent: IntentRef,
+    pub(crate) state: IntentState,
+}
+
+impl Handshake {
+    /// Takes over a connection whose client announced it, and the first steps.
+    pub(crate) fn start(
+        acceptor: &Arc<Acceptor>,
+        conn: Fd,
+        peer: SocketAddr,
+        announcement: Announcement,
+    ) {
+        let Announcement { attachment, intent, state } = announcement;
+        if state == IntentState::Announced {
+            // The client's connect() is about to return.
+            spin::fully(Deadline::Never, || {
+                attachment.region().intent_state(&intent) != Some(IntentState::Announced)
+            });
+        }
+        let handshake = Arc::new(Self {
+            acceptor: Arc::clone(acceptor),
+            key: OnceLock::new(),
+            work: Mutex::new(Some(Work {
+                conn,
+                peer,
+                attachment,
+                intent,
+                stage: Stage::Announced,
+                inbox: Inbox::default(),
+                deadline: Instant::now() + PATIENCE,
+                watched: false,
+            })),
+        });
+        let key = acceptor.reactor().register(Arc::clone(&handshake) as Arc<dyn Source>);
+        let _ = handshake.key.set(key);
+        if acceptor.begin_handshake(key, &handshake) {
+            handshake.advance();
+        } else {
+            handshake.abort();
+        }
+    }
+
+    /// Goes on as far as it can.
+    pub(crate) fn advance(&self) {
+        let mut guard = lock(&self.work);
+        let Some(work) = guard.as_mut() else { return };
+        let end = loop {
+            match work.step(&self.acceptor) {
+                Step::Again => {}
+                Step::Over(end) => break end,
+                Step::Wait => match self.keep_watch(work) {
+                    Ok(()) => return,
+                    Err(_) => break work.give_up(),
+                },
+            }
+        };
+        let work = guard.take();
+        drop(guard);
+        if let Some(work) = work {
+            self.finish(work, end);
+        }
+    }
+
+    /// Ends it without a result: the listener is being closed.
+    pub(crate) fn abort(&self) {
+        let work = lock(&self.work).take();
+        if let Some(work) = work {
+            work.close_intent();
+            self.leave_reactor(&work);
+        }
+    }
+
+    fn keep_watch(&self, work: &mut Work) -> crate::Result<()> {
+        let Some(&key) = self.key.get() else { return Ok(()) };
+        let reactor = self.acceptor.reactor();
+        if !work.watched {
+            reactor.watch(key, &work.conn, poll::IN | poll::RDHUP | poll::ET)?;
+            work.watched = true;
+        }
+        if matches!(work.stage, Stage::Announced) {
+            reactor.at(Instant::now() + LOOK_AGAIN, key);
+        }
+        Ok(())
+    }
+
+    fn leave_reactor(&self, work: &Work) {
+        let reactor = self.acceptor.reactor();
+        if work.watched {
+            reactor.unwatch(&work.conn);
+        }
+        if let Some(&key) = self.key.get() {
+            reactor.forget(key);
+        }
+    }
+
+    fn finish(&self, work: Work, end: End) {
+        self.leave_reactor(&work);
+        if matches!(end, End::Closed) {
+            work.close_intent();
+        }
+        let Work { conn, peer, .. } = work;
+        let result = match end {
+            End::Closed => None,
+            End::Plain(fallback) => Some(self.acceptor.plain(conn, peer, fallback)),
+            End::Shared { own, tx, client } => {
+                let attachment = Arc::clone(own.attachment());
+                let lease = self.acceptor.lease().clone();
+                // Without it, the client sees a connection that ended.
+                Session::smc(conn, attachment, tx, own, client, lease)
+                    .ok()
+                    .map(|session| Ok((session, peer)))
+            }
+        };
+        if let Some(&key) = self.key.get() {
+            self.acceptor.end_handshake(key, result);
+        }
+    }
+}
+
+impl Source for Handshake {
+    fn ready(&self, _events: u32) {
+        self.advance();
+    }
+
+    fn expired(&self) {
+        self.advance();
+    }
+}
+
+impl Work {
+    fn step(&mut self, acceptor: &Acceptor) -> Step {
+        match self.stage {
+            Stage::Announced => self.announced(),
+            Stage::Matched => self.matched(),
+            Stage::Proposal => self.proposal(acceptor),
+            Stage::Confirm(_) => self.confirm(),
+        }
+    }
+
+    /// The connection is about to be closed: the intent will not be looked at any more.
+    fn close_intent(&self) {
+        if !matches!(self.stage, Stage::Announced) {
+            // A client that is matched sees the refusal, one that is committed the end of the
+            // connection. An abandoned intent is freed: this was who it waited for.
+            let _ = self.attachment.region().refuse_intent(&self.intent);
+        }
+    }
+
+    fn is_late(&self) -> bool {
+        Instant::now() >= self.deadline
+    }
+
+    /// As it ends when it can go on no longer: before the client's commitment in plain TCP.
+    fn give_up(&mut self) -> End {
+        let reason = "the handshake could not be watched";
+        match self.stage {
+            Stage::Announced => End::Plain(refused(reason)),
+            Stage::Matched => match self.refuse(reason) {
+                Step::Over(end) => end,
+                Step::Again | Step::Wait => End::Closed,
+            },
+            Stage::Proposal | Stage::Confirm(_) => End::Closed,
+        }
+    }
+
+    /// Not yet taken: the connection may still be an older one with the same addresses.
+    fn announced(&mut self) -> Step {
+        // In this order: what was there before the client had committed itself is a plain peer's.
+        let received = handshake::peek(&self.conn);
+        let region = self.attachment.region();
+        let state = region.intent_state(&self.intent);
+        match (state, received) {
+            (Some(IntentState::Announced | IntentState::Pending), Received::Bytes(_)) => {
+                Step::Over(End::Plain(spoke_first()))
+            }
+            (Some(IntentState::Announced), Received::Nothing) => {
+                if !self.attachment.is_peer_alive(self.intent.owner()) {
+                    // Killed while it connected; its port is somebody else's now.
+                    Step::Over(End::Plain(plain_client()))
+                } else if self.is_late() {
+                    Step::Over(End::Plain(refused("the client did not finish its connect")))
+                } else {
+                    Step::Wait
+                }
+            }
+            (Some(IntentState::Pending), Received::Nothing) => {
+                // After the intent was seen pending: only the client's own connection can be
+                // established now.
+                let established = net::tcp_info_state(&self.conn)
+                    .is_ok_and(|state| state == net::TCP_STATE_ESTABLISHED);
+                if !established {
+                    return Step::Over(End::Plain(plain_client()));
+                }
+                if region.match_intent(&self.intent).is_ok() {
+                    self.stage = Stage::Matched;
+                    self.deadline = Instant::now() + PATIENCE;
+                    // The client spins; it may have committed itself already.
+                    return Step::Again;
+                }
+                Step::Over(End::Plain(withdrawn()))
+            }
+            (None, _) => Step::Over(End::Plain(withdrawn())),
+            // Ended, or taken for another connection: this one is not the client's.
+            _ => Step::Over(End::Plain(plain_client())),
+        }
+    }
+
+    /// Taken; the client may commit itself, withdraw, or be a program that knows nothing of this.
+    fn matched(&mut self) -> Step {
+        // In this order, as above.
+        let received = handshake::peek(&self.conn);
+        match (self.attachment.region().intent_state(&self.intent), received) {
+            (Some(IntentState::Committed), _) => self.committed(),
+            (Some(IntentState::Abandoned), _) => self.refuse("the client gave up"),
+            (Some(IntentState::Matched), Received::Nothing) if !self.is_late() => Step::Wait,
+            (Some(IntentState::Matched), Received::Nothing) => {
+                self.refuse("the client did not answer in time")
+            }
+            (Some(IntentState::Matched), Received::Bytes(_)) => {
+                self.refuse("the client sent bytes before the handshake")
+            }
+            (Some(IntentState::Matched), Received::Ended) => {
+                self.refuse("the client ended before the handshake")
+            }
+            _ => Step::Over(End::Plain(withdrawn())),
+        }
+    }
+
+    fn committed(&mut self) -> Step {
+        self.stage = Stage::Proposal;
+        self.deadline = Instant::now() + CLC_WAIT;
+        Step::Again
+    }
+
+    /// Turns back to plain TCP, unless the client has just committed itself.
+    fn refuse(&mut self, why: &str) -> Step {
+        match self.attachment.region().refuse_intent(&self.intent) {
+            Err(Some(IntentState::Committed)) => self.committed(),
+            // It had committed itself; what has come may be a part of a Proposal.
+            Err(Some(IntentState::Abandoned)) => Step::Over(End::Closed),
+            Ok(()) | Err(_) => Step::Over(End::Plain(refused(why))),
+        }
+    }
+
+    /// The client has committed itself: the next bytes are CLC, if it keeps the rules.
+    fn proposal(&mut self, acceptor: &Acceptor) -> Step {
+        match self.inbox.receive(&self.conn) {
+            Heard::Waiting if !self.is_late() => Step::Wait,
+            Heard::Foreign => Step::Over(End::Plain(spoke_first())),
+            Heard::Waiting | Heard::Broken(_) | Heard::Ended => Step::Over(End::Closed),
+            Heard::Message(Message::Proposal(proposal)) => match self.answer(acceptor, &proposal) {
+                Ok(()) => Step::Again,
+                Err(end) => Step::Over(end),
+            },
+            Heard::Message(Message::Decline(decline)) => {
+                Step::Over(End::Plain(handshake::declined(decline.diagnosis)))
+            }
+            Heard::Message(Message::Unsupported { version, .. }) => Step::Over(self.decline(
+                Diagnosis::VERSMISMAT,
+                Fallback {
+                    reason: Reason::PeerDeclined,
+                    code: Diagnosis::VERSMISMAT.0,
+                    sentence: format!(
+                        "the client proposed no SMC-Dv2 (version {version}); declined with {}",
+                        Diagnosis::VERSMISMAT
+                    ),
+                    side: Side::Local,
+                },
+            )),
+            Heard::Message(_) => Step::Over(End::Closed),
+        }
+    }
+
+    /// Chooses EID and region, makes a DMB for the client, and sends the Accept.
+    fn answer(&mut self, acceptor: &Acceptor, proposal: &Proposal) -> Result<(), End> {
+        let own_eids = match acceptor.eids() {
+            Ok(eids) => eids,
+            Err(wrong) => {
+                let fallback = Fallback::new(Reason::EidMismatch, Side::Local, wrong.to_string());
+                return Err(self.decline(Diagnosis::CNFERR, fallback));
+            }
+        };
+        let Some(eid) = proposal.choose_eid(&own_eids) else {
+            let sentence = format!(
+                "no EID in common: the client has {}, this end {}",
+                listed(&proposal.eids),
+                listed(&own_eids)
+            );
+            let fallback = Fallback::new(Reason::EidMismatch, Side::Local, sentence);
+            return Err(self.decline(Diagnosis::NOUEID, fallback));
+        };
+        let mut common = acceptor.attachments().iter().flat_map(|attachment| {
+            proposal.devices.iter().filter_map(move |&device| {
+                let client = handshake::slot_of(attachment, device)?;
+                Some((attachment, device, client))
+            })
+        });
+        // Who announced the connection in a region is who it says it is there.
+        let mut fitting = common
+            .by_ref()
+            .filter(|(attachment, _, client)| {
+                !Arc::ptr_eq(attachment, &self.attachment) || *client == self.intent.owner()
+            })
+            .peekable();
+        if fitting.peek().is_none() {
+            let sentence = format!(
+                "the client shares none of the regions {} with this end",
+                acceptor.regions()
+            );
+            let fallback = Fallback::new(Reason::NoCommonRegion, Side::Local, sentence);
+            return Err(self.decline(Diagnosis::NOSMCD2DEV, fallback));
+        }
+        let class = acceptor.size_class();
+        let made = fitting.find_map(|(attachment, device, client)| {
+            let own = attachment.allocate(class, client).ok()?;
+            Some(Offer { own, client, device, eid })
+        });
+        let Some(offer) = made else {
+            let sentence = format!("no room for another DMB in {}", acceptor.regions());
+            let fallback = Fallback::new(Reason::RegionFull, Side::Local, sentence);
+            return Err(self.decline(Diagnosis::MAX_DMB, fallback));
+        };
+        let device = handshake::device_of(offer.own.attachment());
+        let accept = AcceptConfirm {
+            gid: device.gid,
+            token: offer.own.token().0,
+            size_class: offer.own.size_class(),
+            linkid: u32::from(offer.client.index),
+            chid: device.chid,
+            eid,
+            // Peers form no link groups: every contact is the first.
+            first_contact: Some(FirstContact::new(acceptor.hostname())),
+        };
+        if !handshake::send(&self.conn, &accept.encode_accept()) {
+            return Err(End::Closed);
+        }
+        self.stage = Stage::Confirm(Box::new(offer));
+        self.deadline = Instant::now() + CLC_WAIT;
+        Ok(())
+    }
+
+    fn decline(&self, diagnosis: Diagnosis, fallback: Fallback) -> End {
+        if handshake::send_decline(&self.conn, diagnosis) {
+            End::Plain(fallback)
+        } else {
+            End::Closed
+        }
+    }
+
+    fn confirm(&mut self) -> Step {
+        let confirm = match self.inbox.receive(&self.conn) {
+            Heard::Waiting if !self.is_late() => return Step::Wait,
+            Heard::Message(Message::Confirm(confirm)) => confirm,
+            Heard::Message(Message::Decline(decline)) => {
+                return Step::Over(End::Plain(handshake::declined(decline.diagnosis)));
+            }
+            _ => return Step::Over(End::Closed),
+        };
+        let Stage::Confirm(offer) = std::mem::replace(&mut self.stage, Stage::Proposal) else {
+            return Step::Over(End::Closed);
+        };
+        let Offer { own, client, device, eid } = *offer;
+        let agreed = confirm.gid == device.gid && confirm.chid == device.chid && confirm.eid == eid;
+        if !agreed {
+            return Step::Over(End::Closed);
+        }
+        match own.attachment().attach(Token(confirm.token), confirm.size_class, client) {
+            Ok(tx) => Step::Over(End::Shared { own, tx, client }),
+            Err(_) => Step::Over(End::Closed),
+        }
+    }
+}
+
+fn listed(eids: &[Eid]) -> String {
+    let names: Vec<_> = eids.iter().map(Eid::to_string).collect();
+    names.join(", ")
+}
+
+/// A plain TCP client.
+pub(crate) fn plain_client() -> Fallback {
+    Fallback::new(Reason::PlainClient, Side::Peer, "the client announced no intent to use SMC")
+}
+
+fn withdrawn() -> Fallback {
+    Fallback::new(Reason::NotMatched, Side::Peer, "the client gave up waiting for an answer")
+}
+
+fn spoke_first() -> Fallback {
+    let sentence = "the client sent bytes before the handshake: it speaks plain TCP";
+    Fallback::new(Reason::PeerSpokeFirst, Side::Peer, sentence)
+}
+
+fn refused(why: &str) -> Fallback {
+    Fallback::new(Reason::Refused, Side::Local, why)
+}

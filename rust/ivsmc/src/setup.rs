@@ -1,0 +1,228 @@
+//! What set-up has one of per process: regions to try, source ports, the listeners, the host's name.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use ivsmc_proto::clc::Hostname;
+use ivsmc_proto::host::Ip;
+use ivsmc_shm::{file, fork};
+
+use crate::attachment::Attachment;
+use crate::devices::{self, Problem};
+use crate::fallback::{Fallback, Reason, Side};
+use crate::listen::Acceptor;
+use crate::reactor::lock;
+use crate::runtime::Lease;
+use crate::{Error, Result};
+
+/// One cell for each fork generation, as for the runtime: a child takes no lock of its parent.
+static SETUPS: [OnceLock<Setup>; 1024] = [const { OnceLock::new() }; 1024];
+
+/// The set-up state of one process.
+pub(crate) struct Setup {
+    ports: Ports,
+    hostname: Hostname,
+    /// By [`crate::Listener`]; `None` once it was closed in this process.
+    acceptors: Mutex<HashMap<u64, Option<Arc<Acceptor>>>>,
+}
+
+impl Setup {
+    /// That of this process.
+    pub(crate) fn current() -> Result<&'static Setup> {
+        let cell = SETUPS.get(fork::generation() as usize).ok_or_else(|| {
+            Error::ApiMisuse("too many nested forks; exec a fresh process instead".into())
+        })?;
+        Ok(cell.get_or_init(|| Setup {
+            ports: Ports::read(),
+            hostname: Hostname::new(&hostname()),
+            acceptors: Mutex::default(),
+        }))
+    }
+
+    pub(crate) fn ports(&self) -> &Ports {
+        &self.ports
+    }
+
+    pub(crate) fn hostname(&self) -> Hostname {
+        self.hostname
+    }
+
+    /// The acceptor of listener `id` in this process, made by `make` when it is first asked for.
+    pub(crate) fn acceptor(
+        &self,
+        id: u64,
+        make: impl FnOnce() -> Result<Arc<Acceptor>>,
+    ) -> Result<Arc<Acceptor>> {
+        let mut acceptors = lock(&self.acceptors);
+        match acceptors.get(&id) {
+            Some(Some(acceptor)) => Ok(Arc::clone(acceptor)),
+            Some(None) => Err(Error::Closed),
+            None => {
+                let made = make()?;
+                acceptors.insert(id, Some(Arc::clone(&made)));
+                Ok(made)
+            }
+        }
+    }
+
+    /// Marks listener `id` closed in this process; returns what accepted for it.
+    pub(crate) fn close_acceptor(&self, id: u64) -> Option<Arc<Acceptor>> {
+        lock(&self.acceptors).insert(id, None).flatten()
+    }
+
+    /// Forgets listener `id`, which nobody can ask for any more.
+    pub(crate) fn forget_acceptor(&self, id: u64) {
+        let gone = lock(&self.acceptors).remove(&id);
+        drop(gone);
+    }
+
+    /// This process connects to its own port: its listeners there begin to accept by themselves.
+    pub(crate) fn connects_to_itself(&self, port: u16) {
+        let own: Vec<_> = lock(&self.acceptors)
+            .values()
+            .flatten()
+            .filter(|acceptor| acceptor.port() == port)
+            .cloned()
+            .collect();
+        for acceptor in own {
+            acceptor.begin();
+        }
+    }
+}
+
+fn hostname() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or_else(|_| "localhost".to_owned(), |name| name.trim().to_owned())
+}
+
+/// The ports that connections may come from.
+pub(crate) struct Ports {
+    low: u16,
+    /// How many, at least 1.
+    count: u32,
+    /// Ranges in it that the administrator keeps for others, both ends included.
+    reserved: Vec<(u16, u16)>,
+}
+
+impl Ports {
+    fn read() -> Self {
+        let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
+        let reserved = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
+        Self::parse(&range.unwrap_or_default(), &reserved.unwrap_or_default())
+    }
+
+    fn parse(range: &str, reserved: &str) -> Self {
+        let mut ends = range.split_whitespace().map(|end| end.parse::<u16>().ok());
+        // Linux's own default, where the file cannot be read.
+        let (low, high) = match (ends.next().flatten(), ends.next().flatten()) {
+            (Some(low), Some(high)) if 0 < low && low <= high => (low, high),
+            _ => (32768, 60999),
+        };
+        let reserved = reserved
+            .split(|separator: char| separator == ',' || separator.is_whitespace())
+            .filter_map(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                Some((first.parse().ok()?, last.parse().ok()?))
+            })
+            .collect();
+        Self { low, count: u32::from(high - low) + 1, reserved }
+    }
+
+    /// A port of the range, each as likely as any other.
+    pub(crate) fn random(&self) -> Result<u16> {
+        let mut random = file::random_u128()?;
+        loop {
+            // The remainder favours some ports by one part in 2^80.
+            let at = random % u128::from(self.count);
+            random /= u128::from(self.count);
+            let port = self.low + u16::try_from(at).unwrap_or(0);
+            let kept = self.reserved.iter().any(|&(first, last)| (first..=last).contains(&port));
+            // Where nearly all is reserved the number is used up before a free port is met.
+            if !kept || random == 0 {
+                return Ok(port);
+            }
+        }
+    }
+}
+
+/// The regions a set-up may use, fastest wake-up first.
+pub(crate) struct Regions {
+    pub(crate) attachments: Vec<Arc<Attachment>>,
+    disabled: bool,
+    problems: Vec<Problem>,
+}
+
+impl Regions {
+    /// Those that `device` names, or else those that are found; attached.
+    pub(crate) fn open(lease: &Lease, device: Option<&str>) -> Result<Self> {
+        let selection = devices::select(device)?;
+        if selection.disabled {
+            return Ok(Self { attachments: Vec::new(), disabled: true, problems: Vec::new() });
+        }
+        let (attachments, problems) = lease.runtime().devices().attached(&selection)?;
+        Ok(Self { attachments, disabled: false, problems })
+    }
+
+    /// Why there is none; only to be asked when there is none.
+    pub(crate) fn fallback(&self) -> Fallback {
+        if self.disabled {
+            let sentence = "shared memory is switched off (device \"none\")";
+            return Fallback::new(Reason::Disabled, Side::Local, sentence);
+        }
+        let reason = if self.problems.iter().any(|p| p.reason == Reason::LocalUnsafe) {
+            Reason::LocalUnsafe
+        } else {
+            Reason::NoDevice
+        };
+        let sentence = if self.problems.is_empty() {
+            "there is no device".to_owned()
+        } else {
+            let problems: Vec<_> = self.problems.iter().map(|p| p.error.to_string()).collect();
+            problems.join("; ")
+        };
+        Fallback::new(reason, Side::Local, sentence)
+    }
+
+    /// The regions looked at, and those that could not be, for a fallback's sentence.
+    pub(crate) fn names(&self) -> String {
+        let mut names: Vec<_> = self.attachments.iter().map(|a| a.spec().to_string()).collect();
+        names.extend(self.problems.iter().map(|p| format!("not {}: {}", p.spec, p.error)));
+        names.join(", ")
+    }
+}
+
+/// A destination as the directory and the intents have it: 0.0.0.0 and :: mean loopback.
+pub(crate) fn destination(address: std::net::SocketAddr) -> ivsmc_proto::host::Endpoint {
+    ivsmc_proto::host::Endpoint {
+        ip: Ip::from(address.ip()).as_destination(),
+        port: address.port(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_only_ports_of_the_range_that_are_not_reserved() {
+        let ports = Ports::parse("40000\t40009\n", "40002,40004-40008\n");
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..500 {
+            seen.insert(ports.random().unwrap());
+        }
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), [40000, 40001, 40003, 40009]);
+    }
+
+    #[test]
+    fn a_range_that_makes_no_sense_is_linuxs_default() {
+        for range in ["", "7", "9 8", "0 5", "a b"] {
+            let ports = Ports::parse(range, "");
+            assert_eq!((ports.low, ports.count), (32768, 28232));
+        }
+    }
+
+    #[test]
+    fn a_range_reserved_as_a_whole_still_gives_a_port() {
+        assert_eq!(Ports::parse("5 5", "1-10").random().unwrap(), 5);
+    }
+}
