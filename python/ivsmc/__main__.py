@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        print(f"ivsmc: {error}", file=sys.stderr)
+        print(f"ivsmc: {error.strerror or error}", file=sys.stderr)
         return 1
 
 

@@ -4,7 +4,7 @@ Private: use the package ``ivsmc``. Exceptions are those of the socket module, o
 ``ivsmc.exceptions``. Timeouts are seconds; None waits for ever, 0.0 does not wait.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, final, overload
 
 from _typeshed import ReadableBuffer, WriteableBuffer
@@ -171,7 +171,7 @@ class Acceptor:
     ) -> None:
         """Set an option of the listening socket."""
     def stats(self) -> dict[str, Any]:
-        """Return counters: accepted over each transport, held, refused."""
+        """Return counters: accepted over each transport, handshakes and sessions in hand."""
     def close(self) -> None:
         """Stop listening and leave the directories. Idempotent."""
 
@@ -202,6 +202,8 @@ class Device:
         """Return counters of this process's attachment."""
     def census(self) -> dict[str, int]:
         """Return what is in use in the region: slots, listeners, intents, extents, DMBs."""
+    def reap(self) -> int:
+        """Look for dead peers now, take back what they had; return how many there were."""
     def close(self) -> None:
         """Let go of the device; the attachment ends with its last session. Idempotent."""
 
@@ -217,10 +219,15 @@ class Server:
     def __new__(
         cls, path: str, *, size: int, vectors: int, file: str | None = None, mode: int = 0o600
     ) -> Server: ...
-    def serve(self, poll: float, /) -> None:
-        """Serve clients for at most ``poll`` seconds, running signal handlers; then return."""
+    def serve(self, poll: float, /, log: Callable[[str], object] | None = None) -> None:
+        """Serve clients for at most ``poll`` seconds, running signal handlers; then return.
+
+        ``log`` is called with one line for each client that joins, leaves or is turned away.
+        """
+    def status(self) -> dict[str, Any]:
+        """Return path, region, size, vectors, the clients and how many came and went."""
     def close(self) -> None:
         """Stop: drop the clients and remove the socket. Idempotent."""
 
-def shutdown() -> None:
-    """Detach from every device; for the end of the process. A later connect attaches anew."""
+def shutdown() -> bool:
+    """Leave every region if nothing is open; return whether that is so. A later connect returns."""
