@@ -36,10 +36,7 @@ impl Fd {
                 format!("descriptor {raw} is already owned by an open ivsmc object"),
             ));
         }
-        Ok(Fd {
-            number: raw,
-            generation: fork::generation(),
-        })
+        Ok(Fd { number: raw, generation: fork::generation() })
     }
 
     /// Whether it was opened in this process, and not in one that this process was forked from.
@@ -90,10 +87,7 @@ impl Fd {
     /// `number` is open and has no other owner.
     pub(crate) unsafe fn from_call(number: RawFd) -> Fd {
         fork::register_fd(number);
-        Fd {
-            number,
-            generation: fork::generation(),
-        }
+        Fd { number, generation: fork::generation() }
     }
 }
 
@@ -145,5 +139,54 @@ impl fmt::Debug for Fd {
         } else {
             write!(f, "Fd(closed by fork)")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file;
+
+    fn is_open(number: RawFd) -> bool {
+        // SAFETY: F_GETFD takes any number and touches no memory.
+        unsafe { libc::fcntl(number, libc::F_GETFD) != -1 }
+    }
+
+    #[test]
+    fn a_number_that_is_not_open_cannot_be_adopted() {
+        for number in [-1, NEVER_OPEN] {
+            let error = Fd::adopt(number).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+        }
+    }
+
+    #[test]
+    fn a_number_has_one_owner() {
+        let fd = file::memfd(c"owner").unwrap();
+        let error = Fd::adopt(fd.as_raw_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        let adopted = Fd::adopt(fd.into_raw()).unwrap();
+        let owned = adopted.into_owned().unwrap();
+        assert!(is_open(owned.as_raw_fd()));
+        let again = Fd::from(owned);
+        assert!(Fd::adopt(again.as_raw_fd()).is_err());
+    }
+
+    #[test]
+    fn a_clone_is_the_same_file_and_close_on_exec() {
+        let fd = file::memfd(c"clone").unwrap();
+        let clone = fd.try_clone().unwrap();
+        assert_ne!(fd.as_raw_fd(), clone.as_raw_fd());
+        assert_eq!(file::status(&fd).unwrap(), file::status(&clone).unwrap());
+        // SAFETY: F_GETFD takes any number and touches no memory.
+        let flags = unsafe { libc::fcntl(clone.as_raw_fd(), libc::F_GETFD) };
+        assert_eq!(flags, libc::FD_CLOEXEC);
+    }
+
+    #[test]
+    fn dropping_closes() {
+        let (ours, theirs) = crate::net::socketpair_stream().unwrap();
+        drop(ours);
+        assert_eq!(crate::net::recv_bytes(&theirs, &mut [0], 0).unwrap(), 0);
     }
 }

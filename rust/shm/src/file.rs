@@ -168,14 +168,9 @@ pub fn status(fd: impl AsFd) -> io::Result<Status> {
         status.assume_init()
     };
     Ok(Status {
-        identity: FileIdentity {
-            device: status.st_dev,
-            inode: status.st_ino,
-        },
+        identity: FileIdentity { device: status.st_dev, inode: status.st_ino },
         size: u64::try_from(status.st_size).unwrap_or(0),
-        reserved: u64::try_from(status.st_blocks)
-            .unwrap_or(0)
-            .saturating_mul(512),
+        reserved: u64::try_from(status.st_blocks).unwrap_or(0).saturating_mul(512),
         mode: status.st_mode,
         uid: status.st_uid,
         // 32 bits on some processors.
@@ -220,10 +215,7 @@ impl FileSystem {
     #[must_use]
     pub fn name(&self) -> Option<&'static str> {
         let known = Self::SHARED.iter().chain(&Self::REFUSED);
-        known
-            .clone()
-            .find(|(magic, _)| *magic == self.magic)
-            .map(|(_, name)| *name)
+        known.clone().find(|(magic, _)| *magic == self.magic).map(|(_, name)| *name)
     }
 
     /// Whether a shared mapping of its files is the same memory in all processes of the host, with
@@ -254,10 +246,7 @@ pub fn file_system(fd: impl AsFd) -> io::Result<FileSystem> {
     // Magic numbers have 32 bits; the field is signed and wider.
     let magic = found.f_type as u64 & 0xffff_ffff;
     let block = found.f_bsize as u64;
-    Ok(FileSystem {
-        magic,
-        available: found.f_bavail.saturating_mul(block),
-    })
+    Ok(FileSystem { magic, available: found.f_bavail.saturating_mul(block) })
 }
 
 /// A new file in memory, without a name in any directory; `name` is for `/proc` only.
@@ -325,11 +314,7 @@ pub fn allocate(fd: impl AsFd, range: Range<u64>) -> io::Result<()> {
 /// # Errors
 /// Those of `fallocate`.
 pub fn punch_hole(fd: impl AsFd, range: Range<u64>) -> io::Result<()> {
-    fallocate(
-        &fd,
-        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-        range,
-    )
+    fallocate(&fd, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, range)
 }
 
 fn fallocate(fd: &impl AsFd, mode: libc::c_int, range: Range<u64>) -> io::Result<()> {
@@ -384,3 +369,6 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes())
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "path contains a zero byte"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -51,10 +51,7 @@ impl Entry {
     const TAKEN: usize = 1;
 
     const fn new() -> Entry {
-        Entry {
-            address: AtomicUsize::new(Entry::FREE),
-            length: AtomicUsize::new(0),
-        }
+        Entry { address: AtomicUsize::new(Entry::FREE), length: AtomicUsize::new(0) }
     }
 }
 
@@ -156,9 +153,7 @@ pub(crate) unsafe fn register_mapping(address: usize, length: usize) -> io::Resu
 /// Takes the note back; to be called while the pages still belong to the caller.
 pub(crate) fn unregister_mapping(entry: &MappingEntry) {
     // Release: pairs with the Acquire in `register_mapping`; the length is not touched afterwards.
-    MAPPINGS[entry.0]
-        .address
-        .store(Entry::FREE, Ordering::Release);
+    MAPPINGS[entry.0].address.store(Entry::FREE, Ordering::Release);
 }
 
 /// Runs in the child, on its only thread, before `fork` returns. Takes no lock, allocates nothing.
@@ -211,5 +206,189 @@ fn give_up_mapping(address: usize, length: usize) {
     // Without memory for zeros (strict overcommit), pages that fault are better than the parent's.
     if !zeros(libc::PROT_READ | libc::PROT_WRITE) {
         zeros(libc::PROT_NONE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+    use std::sync::atomic::Ordering;
+
+    use ivsmc_proto::memory::Memory;
+
+    use super::*;
+    use crate::fd::Fd;
+    use crate::mapping::Mapping;
+    use crate::{file, lock, net};
+
+    /// A forked child that runs `check` and exits with its result; `check` must only do what a child
+    /// of a process with threads may do.
+    struct Child(libc::pid_t);
+
+    impl Child {
+        fn fork(check: impl FnOnce() -> i32) -> Child {
+            // SAFETY: the child only runs `check`, restricted as said above, and `_exit`.
+            unsafe {
+                match libc::fork() {
+                    -1 => panic!("fork: {}", io::Error::last_os_error()),
+                    0 => libc::_exit(check()),
+                    pid => Child(pid),
+                }
+            }
+        }
+
+        fn exit_code(self) -> i32 {
+            let mut status = 0;
+            // SAFETY: waitpid stores the status of our own child into a local.
+            unsafe { assert_eq!(libc::waitpid(self.0, &raw mut status, 0), self.0) };
+            assert!(libc::WIFEXITED(status), "child ended by status {status:#x}");
+            libc::WEXITSTATUS(status)
+        }
+
+        fn kill(self) {
+            // SAFETY: both calls are about our own child, which is not reaped yet.
+            unsafe {
+                libc::kill(self.0, libc::SIGKILL);
+                libc::waitpid(self.0, std::ptr::null_mut(), 0);
+            }
+        }
+    }
+
+    fn is_open(number: RawFd) -> bool {
+        // SAFETY: F_GETFD takes any number and touches no memory.
+        unsafe { libc::fcntl(number, libc::F_GETFD) != -1 }
+    }
+
+    /// A mapping that holds the lock on byte 5, and another open file of the same memory.
+    fn locked_region() -> (Mapping, Fd) {
+        let fd = file::memfd(c"region").unwrap();
+        file::set_size(&fd, 8192).unwrap();
+        assert!(lock::try_lock_byte(&fd, 5).unwrap());
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let other = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let other = Fd::from(OwnedFd::from(other));
+        let mapping = Mapping::map(fd, 8192).unwrap();
+        assert!(lock::is_locked_by_other(&other, 5).unwrap());
+        (mapping, other)
+    }
+
+    #[test]
+    fn a_child_has_zeros_and_no_descriptors_and_the_parent_loses_nothing() {
+        let before = generation();
+        assert!(is_current(before));
+        let (mapping, other) = locked_region();
+        mapping.store(4096, 7, Ordering::Relaxed);
+        let (ours, theirs) = net::socketpair_stream().unwrap();
+        let lent = mapping.fd().as_raw_fd();
+        let numbers = [lent, other.as_raw_fd(), ours.as_raw_fd(), theirs.as_raw_fd()];
+        let child = Child::fork(|| {
+            if is_current(before) || generation() != before + 1 || mapping.is_current() {
+                return 1;
+            }
+            if numbers.iter().any(|number| is_open(*number)) {
+                return 2;
+            }
+            if mapping.load(4096, Ordering::Relaxed) != 0 {
+                return 3;
+            }
+            mapping.store(4096, 99, Ordering::Relaxed);
+            if mapping.load(4096, Ordering::Relaxed) != 99 {
+                return 4;
+            }
+            if mapping.fd().as_raw_fd() != RawFd::MAX || ours.as_raw_fd() != RawFd::MAX {
+                return 5;
+            }
+            if net::send(&ours, b"x", libc::MSG_DONTWAIT).is_ok() {
+                return 6;
+            }
+            0
+        });
+        assert_eq!(child.exit_code(), 0);
+        assert_eq!(generation(), before);
+        assert_eq!(mapping.load(4096, Ordering::Relaxed), 7);
+        assert!(lock::is_locked_by_other(&other, 5).unwrap());
+        net::send(&ours, b"x", 0).unwrap();
+        assert_eq!(net::recv_bytes(&theirs, &mut [0], 0).unwrap(), 1);
+    }
+
+    #[test]
+    fn dropping_in_the_child_closes_and_unmaps_nothing_that_is_new_there() {
+        let (mapping, other) = locked_region();
+        let (ours, theirs) = net::socketpair_stream().unwrap();
+        let numbers = [ours.as_raw_fd(), other.as_raw_fd()];
+        let child = Child::fork(move || {
+            for number in numbers {
+                // SAFETY: dup2 takes numbers; these are closed here, as the other test shows.
+                if unsafe { libc::dup2(2, number) } != number {
+                    return 1;
+                }
+            }
+            drop((mapping, other, ours, theirs));
+            if numbers.iter().all(|number| is_open(*number)) {
+                0
+            } else {
+                2
+            }
+        });
+        assert_eq!(child.exit_code(), 0);
+    }
+
+    #[test]
+    fn what_the_parent_gives_up_is_gone_while_its_child_lives() {
+        let (mapping, other) = locked_region();
+        let (ours, theirs) = net::socketpair_stream().unwrap();
+        let (ready, told) = net::socketpair_stream().unwrap();
+        let told = told.into_owned().unwrap();
+        let child = Child::fork(|| {
+            // Once it runs, the handler has run.
+            if net::send(&told, b"x", 0).is_err() {
+                return 1;
+            }
+            loop {
+                // SAFETY: pause takes nothing.
+                unsafe { libc::pause() };
+            }
+        });
+        net::recv_bytes(&ready, &mut [0], 0).unwrap();
+        drop(mapping);
+        drop(ours);
+        let locked = lock::is_locked_by_other(&other, 5);
+        let end = net::recv_bytes(&theirs, &mut [0], libc::MSG_DONTWAIT);
+        child.kill();
+        assert!(!locked.unwrap());
+        assert_eq!(end.unwrap(), 0);
+    }
+
+    #[test]
+    fn owned_descriptors_and_those_given_up_are_inherited() {
+        let (ours, theirs) = net::socketpair_stream().unwrap();
+        let ours = ours.into_owned().unwrap();
+        let theirs = theirs.into_raw();
+        let child =
+            Child::fork(
+                || {
+                    if is_open(ours.as_fd().as_raw_fd()) && is_open(theirs) {
+                        0
+                    } else {
+                        1
+                    }
+                },
+            );
+        assert_eq!(child.exit_code(), 0);
+        drop(Fd::adopt(theirs).unwrap());
+    }
+
+    #[test]
+    fn a_grandchild_counts_on() {
+        let before = generation();
+        let child = Child::fork(|| {
+            let grandchild = Child::fork(|| i32::from(generation() != before + 2));
+            let mut status = 0;
+            // SAFETY: waitpid stores the status of our own child into a local.
+            unsafe { libc::waitpid(grandchild.0, &raw mut status, 0) };
+            i32::from(status != 0 || generation() != before + 1)
+        });
+        assert_eq!(child.exit_code(), 0);
     }
 }

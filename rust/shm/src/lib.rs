@@ -18,11 +18,7 @@
 //! | [`futex`], [`thread`] | waiting inside the process; threads that take no signals |
 //! | [`errno`] | error numbers by name |
 
-#[cfg(not(all(
-    target_os = "linux",
-    target_endian = "little",
-    target_pointer_width = "64"
-)))]
+#[cfg(not(all(target_os = "linux", target_endian = "little", target_pointer_width = "64")))]
 compile_error!("ivsmc needs 64-bit little-endian Linux: region words are little-endian u64");
 
 mod call;

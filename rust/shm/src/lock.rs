@@ -64,3 +64,52 @@ fn request(
     call::check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), command, &raw mut lock) })?;
     Ok(lock.l_type)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+    use crate::fd::Fd;
+    use crate::file;
+
+    fn two_open_files() -> (Fd, Fd) {
+        let one = file::memfd(c"lock").unwrap();
+        let path = format!("/proc/self/fd/{}", one.as_raw_fd());
+        let two = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        (one, Fd::from(OwnedFd::from(two)))
+    }
+
+    #[test]
+    fn a_byte_has_one_holder_and_other_bytes_are_free() {
+        let (one, two) = two_open_files();
+        let far = 1 << 40;
+        assert!(try_lock_byte(&one, far).unwrap());
+        assert!(try_lock_byte(&one, far).unwrap(), "one's own lock is no obstacle");
+        assert!(!is_locked_by_other(&one, far).unwrap());
+        assert!(is_locked_by_other(&two, far).unwrap());
+        assert!(!try_lock_byte(&two, far).unwrap());
+        assert!(!is_locked_by_other(&two, far + 1).unwrap());
+        assert!(try_lock_byte(&two, far + 1).unwrap());
+        unlock_byte(&one, far).unwrap();
+        assert!(try_lock_byte(&two, far).unwrap());
+    }
+
+    #[test]
+    fn the_lock_goes_with_the_last_descriptor_of_its_open_file() {
+        let (one, two) = two_open_files();
+        assert!(try_lock_byte(&one, 0).unwrap());
+        let clone = one.try_clone().unwrap();
+        drop(one);
+        assert!(is_locked_by_other(&two, 0).unwrap());
+        drop(clone);
+        assert!(!is_locked_by_other(&two, 0).unwrap());
+    }
+
+    #[test]
+    fn an_offset_the_kernel_cannot_have_is_refused() {
+        let (one, _two) = two_open_files();
+        assert!(try_lock_byte(&one, u64::MAX).is_err());
+    }
+}

@@ -149,10 +149,7 @@ impl Mapping {
         } else {
             Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!(
-                    "range {range:?} is not inside a mapping of {} bytes",
-                    self.len
-                ),
+                format!("range {range:?} is not inside a mapping of {} bytes", self.len),
             ))
         }
     }
@@ -209,8 +206,7 @@ impl Memory for Mapping {
 
     #[inline]
     fn compare_exchange(&self, at: u64, current: u64, new: u64) -> Result<u64, u64> {
-        self.word(at)
-            .compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+        self.word(at).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
     }
 
     #[inline]
@@ -292,4 +288,116 @@ fn bad_word(at: u64, len: u64) -> ! {
 #[inline(never)]
 fn bad_bytes(at: u64, length: usize, len: u64) -> ! {
     panic!("{length} bytes at {at} are outside a mapping of {len} bytes");
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{catch_unwind, AssertUnwindSafe};
+
+    use super::*;
+    use crate::mem;
+
+    const SIZE: u64 = 3 * 4096 + 100;
+
+    fn memory() -> Mapping {
+        let fd = file::memfd(c"mapping").unwrap();
+        file::set_size(&fd, SIZE).unwrap();
+        Mapping::map(fd, SIZE).unwrap()
+    }
+
+    fn read(mapping: &Mapping, at: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        mem::with_uninit(&mut bytes, |bytes| mapping.read(at, bytes));
+        bytes
+    }
+
+    #[test]
+    fn words_and_bytes_are_the_same_memory_in_all_mappings() {
+        let one = memory();
+        let two = Mapping::map(Fd::from(one.fd().try_clone_to_owned().unwrap()), SIZE).unwrap();
+        assert_eq!(one.file_identity(), two.file_identity());
+        one.store(8, 0x0807_0605_0403_0201, Ordering::Release);
+        assert_eq!(two.load(8, Ordering::Acquire), 0x0807_0605_0403_0201);
+        assert_eq!(read(&two, 7, 10), [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]);
+        two.write(SIZE - 5, b"hello");
+        assert_eq!(read(&one, SIZE - 5, 5), b"hello");
+        assert_eq!(one.swap(8, 1), 0x0807_0605_0403_0201);
+        assert_eq!(two.compare_exchange(8, 1, 2), Ok(1));
+        assert_eq!(two.compare_exchange(8, 1, 3), Err(2));
+        assert_eq!(one.fetch_or(8, 5), 2);
+        assert_eq!(two.load(8, Ordering::Relaxed), 7);
+        one.fence();
+    }
+
+    #[test]
+    fn what_is_outside_or_askew_panics_and_touches_nothing() {
+        let mapping = memory();
+        let whole_words = SIZE & !7;
+        mapping.store(whole_words - 8, 1, Ordering::Relaxed);
+        for at in [1, 4, 9, whole_words, whole_words + 8, u64::MAX, u64::MAX - 7, 1 << 63] {
+            let load = || mapping.load(at, Ordering::Relaxed);
+            assert!(catch_unwind(AssertUnwindSafe(load)).is_err(), "word at {at}");
+        }
+        mapping.write(SIZE, b"");
+        for (at, length) in [(SIZE, 1), (SIZE - 1, 2), (SIZE + 1, 0), (u64::MAX, 1)] {
+            let write = || mapping.write(at, &vec![0; length]);
+            assert!(catch_unwind(AssertUnwindSafe(write)).is_err(), "{length} at {at}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_refused() {
+        let fd = file::memfd(c"short").unwrap();
+        file::set_size(&fd, 4096).unwrap();
+        let error = Mapping::map(fd.try_clone().unwrap(), 4097).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        assert!(Mapping::map(fd.try_clone().unwrap(), 0).is_err());
+        assert!(Mapping::map(fd, u64::MAX).is_err());
+    }
+
+    #[test]
+    fn reserved_memory_can_be_given_back() {
+        let mapping = memory();
+        let reserved = || file::status(mapping.fd()).unwrap().reserved;
+        assert_eq!(reserved(), 0);
+        mapping.reserve(4096..3 * 4096).unwrap();
+        assert_eq!(reserved(), 2 * 4096);
+        mapping.write(4096, b"gone soon");
+        mapping.punch_hole(4096..3 * 4096).unwrap();
+        assert_eq!(reserved(), 0);
+        assert_eq!(read(&mapping, 4096, 4), [0; 4]);
+        for range in [0..SIZE + 1, SIZE..SIZE, u64::MAX - 1..u64::MAX] {
+            let error = mapping.reserve(range).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        }
+    }
+
+    #[test]
+    fn the_table_of_mappings_does_not_fill_up() {
+        let fd = file::memfd(c"many").unwrap();
+        file::set_size(&fd, 4096).unwrap();
+        for _ in 0..5000 {
+            Mapping::map(fd.try_clone().unwrap(), 4096).unwrap();
+        }
+    }
+
+    #[test]
+    fn two_threads_may_tear_bytes_but_not_words() {
+        let mapping = memory();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..20_000_u64 {
+                    let byte = if round % 2 == 0 { 0x55 } else { 0xaa };
+                    mapping.store(0, u64::from_ne_bytes([byte; 8]), Ordering::Release);
+                    mapping.write(64, &[byte; 256]);
+                }
+            });
+            for _ in 0..20_000 {
+                let word = mapping.load(0, Ordering::Acquire).to_ne_bytes();
+                assert!(word.iter().all(|byte| *byte == word[0]));
+                let bytes = read(&mapping, 64, 256);
+                assert!(bytes.iter().all(|byte| [0, 0x55, 0xaa].contains(byte)));
+            }
+        });
+    }
 }

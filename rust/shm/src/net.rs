@@ -10,7 +10,9 @@ mod tcp;
 mod transfer;
 mod unix;
 
-pub use interfaces::{address_watch, drain_address_watch, interface_addresses, source_address};
+pub use interfaces::{
+    address_watch, close_kept_sockets, drain_address_watch, interface_addresses, source_address,
+};
 pub use options::*;
 pub use tcp::{accept, bind, connect, listen, local_addr, peer_addr, shutdown, tcp_socket, Family};
 pub use transfer::{
@@ -21,3 +23,6 @@ pub use unix::{
     peer_credentials, recv_with_fd, send_with_fd, socketpair_stream, unix_accept, unix_connect,
     unix_connect_nonblocking, unix_listen, Credentials,
 };
+
+#[cfg(test)]
+mod tests;

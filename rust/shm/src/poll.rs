@@ -81,19 +81,12 @@ impl<'fd> PollFd<'fd> {
 #[inline]
 pub fn poll(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<usize> {
     let mut timeout = timeout.map(call::timespec);
-    let timeout = timeout
-        .as_mut()
-        .map_or(std::ptr::null(), |timeout| &raw const *timeout);
+    let timeout = timeout.as_mut().map_or(std::ptr::null(), |timeout| &raw const *timeout);
     // SAFETY: ppoll needs `nfds` entries that it may write (`PollFd` is a transparent `pollfd`, the
     // slice is exclusively borrowed, the descriptors are borrowed with it), a null or valid
     // timespec (a local that outlives the call), and a null signal mask.
     let found = unsafe {
-        libc::ppoll(
-            fds.as_mut_ptr().cast(),
-            fds.len() as libc::nfds_t,
-            timeout,
-            std::ptr::null(),
-        )
+        libc::ppoll(fds.as_mut_ptr().cast(), fds.len() as libc::nfds_t, timeout, std::ptr::null())
     };
     call::check_count(found as isize)
 }
@@ -172,9 +165,7 @@ impl Epoll {
     /// `Interrupted` by a signal; `InvalidInput` if `into` is empty.
     pub fn wait(&self, into: &mut [EpollEvent], timeout: Option<Duration>) -> io::Result<usize> {
         let timeout = timeout.map_or(-1, |timeout| {
-            let rounded = timeout
-                .saturating_add(Duration::from_nanos(999_999))
-                .as_millis();
+            let rounded = timeout.saturating_add(Duration::from_nanos(999_999)).as_millis();
             i32::try_from(rounded).unwrap_or(i32::MAX)
         });
         let room = i32::try_from(into.len()).unwrap_or(i32::MAX);
@@ -269,5 +260,75 @@ impl EventFd {
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net;
+
+    const NOW: Option<Duration> = Some(Duration::ZERO);
+
+    #[test]
+    fn poll_finds_bytes_room_and_the_end() {
+        let (one, two) = net::socketpair_stream().unwrap();
+        let mut fds = [PollFd::new(&one, IN | RDHUP), PollFd::new(&two, OUT)];
+        assert_eq!(poll(&mut fds, NOW).unwrap(), 1);
+        assert_eq!((fds[0].revents(), fds[1].revents()), (0, OUT));
+        net::send(&two, b"x", 0).unwrap();
+        assert_eq!(poll(&mut fds, None).unwrap(), 2);
+        assert_eq!(fds[0].revents(), IN);
+        drop(two);
+        let mut fds = [PollFd::new(&one, IN | RDHUP)];
+        assert_eq!(poll(&mut fds, Some(Duration::MAX)).unwrap(), 1);
+        assert_eq!(fds[0].revents(), IN | RDHUP | HUP);
+        assert_eq!(poll(&mut [], Some(Duration::from_micros(1))).unwrap(), 0);
+    }
+
+    #[test]
+    fn epoll_reports_keys_and_edges() {
+        let (one, two) = net::socketpair_stream().unwrap();
+        let epoll = Epoll::new().unwrap();
+        let mut events = [EpollEvent::default(); 4];
+        epoll.add(&one, RDHUP | ET, u64::MAX - 1).unwrap();
+        assert_eq!(epoll.wait(&mut events, NOW).unwrap(), 0);
+        net::send(&two, b"x", 0).unwrap();
+        assert_eq!(epoll.wait(&mut events, NOW).unwrap(), 0);
+        epoll.modify(&one, IN | ONESHOT, 5).unwrap();
+        assert_eq!(epoll.wait(&mut events, None).unwrap(), 1);
+        assert_eq!((events[0].key(), events[0].events()), (5, IN));
+        assert_eq!(epoll.wait(&mut events, NOW).unwrap(), 0);
+        epoll.modify(&one, RDHUP | ET, 6).unwrap();
+        net::shutdown(&two, std::net::Shutdown::Write).unwrap();
+        assert_eq!(epoll.wait(&mut events, None).unwrap(), 1);
+        assert_eq!((events[0].key(), events[0].events()), (6, RDHUP));
+        epoll.remove(&one).unwrap();
+        assert_eq!(epoll.remove(&one).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        assert!(epoll.wait(&mut [], NOW).is_err());
+    }
+
+    #[test]
+    fn an_eventfd_counts_until_drained() {
+        let event = EventFd::new().unwrap();
+        assert_eq!(event.drain().unwrap(), 0);
+        event.notify().unwrap();
+        event.notify().unwrap();
+        assert_eq!(poll(&mut [PollFd::new(&event, IN)], NOW).unwrap(), 1);
+        assert_eq!(event.drain().unwrap(), 2);
+        assert_eq!(poll(&mut [PollFd::new(&event, IN)], NOW).unwrap(), 0);
+    }
+
+    #[test]
+    fn an_adopted_eventfd_never_waits_even_when_full() {
+        // SAFETY: eventfd takes numbers; the returned number is new and has no owner.
+        let blocking = unsafe { Fd::from_call(libc::eventfd(0, libc::EFD_CLOEXEC)) };
+        let event = EventFd::adopt(blocking).unwrap();
+        assert_eq!(event.drain().unwrap(), 0);
+        let full = (u64::MAX - 1).to_ne_bytes();
+        // SAFETY: write reads 8 bytes of a local array.
+        unsafe { libc::write(event.as_fd().as_raw_fd(), full.as_ptr().cast(), 8) };
+        event.notify().unwrap();
+        assert_eq!(event.drain().unwrap(), u64::MAX - 1);
     }
 }

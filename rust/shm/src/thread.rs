@@ -52,11 +52,7 @@ impl Drop for AllBlocked {
     fn drop(&mut self) {
         // SAFETY: pthread_sigmask reads the initialised set; a null old set is allowed.
         unsafe {
-            libc::pthread_sigmask(
-                libc::SIG_SETMASK,
-                &raw const self.before,
-                std::ptr::null_mut(),
-            );
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut());
         }
     }
 }
@@ -75,4 +71,37 @@ pub fn available_cpus() -> usize {
     }
     let set: u32 = mask.iter().map(|word| word.count_ones()).sum();
     (set as usize).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The signals blocked on this thread, as the kernel prints them.
+    fn blocked() -> u64 {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+    }
+
+    #[test]
+    fn the_new_thread_blocks_what_can_be_blocked_and_the_creator_does_not() {
+        let before = blocked();
+        let (name, inside) =
+            spawn("ivsmc-test", || (std::thread::current().name().map(str::to_owned), blocked()))
+                .unwrap()
+                .join()
+                .unwrap();
+        assert_eq!(name.as_deref(), Some("ivsmc-test"));
+        // Signals 1 to 31 but for KILL and STOP.
+        let mut expected: u64 = 0x7fff_ffff;
+        expected &= !(1 << (libc::SIGKILL - 1)) & !(1 << (libc::SIGSTOP - 1));
+        assert_eq!(inside & 0x7fff_ffff, expected);
+        assert_eq!(blocked(), before);
+    }
+
+    #[test]
+    fn there_is_a_processor() {
+        assert!(available_cpus() >= 1);
+    }
 }

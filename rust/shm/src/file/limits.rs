@@ -42,11 +42,9 @@ impl Version {
     /// Files for: limit, bytes in use; and the field of `memory.stat` for what can be given up.
     fn names(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Version::One => (
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            ),
+            Version::One => {
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            }
             Version::Two => ("memory.max", "memory.current", "inactive_file"),
         }
     }
@@ -88,11 +86,7 @@ fn room_below(root: &Path, group: &str, version: Version) -> Option<u64> {
 fn room_of(group: &Path, version: Version) -> Option<u64> {
     let (limit, usage, reclaimable) = version.names();
     let number = |name: &str| -> Option<u64> {
-        fs::read_to_string(group.join(name))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
+        fs::read_to_string(group.join(name)).ok()?.trim().parse().ok()
     };
     // "max" does not parse: no limit. Version one says "no limit" by a number near 2^63.
     let limit = number(limit).filter(|limit| *limit < 1 << 62)?;
@@ -139,10 +133,7 @@ mod tests {
 
     #[test]
     fn the_memory_group_is_found_in_both_versions() {
-        assert_eq!(
-            memory_group("0::/user.slice/a\n"),
-            Some((Version::Two, "/user.slice/a"))
-        );
+        assert_eq!(memory_group("0::/user.slice/a\n"), Some((Version::Two, "/user.slice/a")));
         let hybrid = "9:cpu,cpuacct:/x\n5:memory:/docker/b:c\n0::/init\n";
         assert_eq!(memory_group(hybrid), Some((Version::One, "/docker/b:c")));
         assert_eq!(memory_group("3:cpu:/\nnonsense\n"), None);

@@ -25,10 +25,7 @@ impl RawAddress {
 
     /// The address that takes the destination off a UDP socket.
     pub(super) fn unspecified() -> RawAddress {
-        RawAddress::of(&libc::sockaddr {
-            sa_family: family(libc::AF_UNSPEC),
-            sa_data: [0; 14],
-        })
+        RawAddress::of(&libc::sockaddr { sa_family: family(libc::AF_UNSPEC), sa_data: [0; 14] })
     }
 
     /// A kernel structure that starts with an address family.
@@ -93,18 +90,14 @@ impl From<&SocketAddr> for RawAddress {
             SocketAddr::V4(v4) => RawAddress::of(&libc::sockaddr_in {
                 sin_family: family(libc::AF_INET),
                 sin_port: v4.port().to_be(),
-                sin_addr: libc::in_addr {
-                    s_addr: u32::from(*v4.ip()).to_be(),
-                },
+                sin_addr: libc::in_addr { s_addr: u32::from(*v4.ip()).to_be() },
                 sin_zero: [0; 8],
             }),
             SocketAddr::V6(v6) => RawAddress::of(&libc::sockaddr_in6 {
                 sin6_family: family(libc::AF_INET6),
                 sin6_port: v6.port().to_be(),
                 sin6_flowinfo: v6.flowinfo(),
-                sin6_addr: libc::in6_addr {
-                    s6_addr: v6.ip().octets(),
-                },
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
                 sin6_scope_id: v6.scope_id(),
             }),
         }
@@ -155,10 +148,7 @@ mod tests {
             "[::ffff:10.1.2.3]:65535".parse().unwrap(),
             SocketAddr::V6(SocketAddrV6::new("fe80::1".parse().unwrap(), 9, 5, 3)),
         ] {
-            assert_eq!(
-                RawAddress::from(&address).to_socket_addr().unwrap(),
-                address
-            );
+            assert_eq!(RawAddress::from(&address).to_socket_addr().unwrap(), address);
         }
     }
 

@@ -108,7 +108,6 @@ pub fn drain_address_watch(fd: impl AsFd) -> io::Result<bool> {
 /// # Errors
 /// Those of `connect`: `NetworkUnreachable`, ...
 pub fn source_address(destination: SocketAddr) -> io::Result<IpAddr> {
-    static KEPT: [Kept; 2] = [Kept::new(), Kept::new()];
     let family = Family::of(&destination);
     let kept = &KEPT[usize::from(family == Family::V6)];
     let fd = match kept.take() {
@@ -127,6 +126,15 @@ pub fn source_address(destination: SocketAddr) -> io::Result<IpAddr> {
     kept.put(fd);
     Ok(source)
 }
+
+/// Closes the sockets that [`source_address`] keeps; it makes new ones when it is asked again.
+pub fn close_kept_sockets() {
+    for kept in &KEPT {
+        drop(kept.take());
+    }
+}
+
+static KEPT: [Kept; 2] = [Kept::new(), Kept::new()];
 
 /// A place for one descriptor that threads take from and put back without a lock, so that a fork in
 /// between leaves nothing locked.
@@ -160,9 +168,7 @@ impl Kept {
         };
         let word = u64::from(fork::generation()) << 32 | number;
         // AcqRel: see `take`. If somebody else has put one back, this one is dropped.
-        let put = self
-            .0
-            .compare_exchange(Kept::EMPTY, word, Ordering::AcqRel, Ordering::Relaxed);
+        let put = self.0.compare_exchange(Kept::EMPTY, word, Ordering::AcqRel, Ordering::Relaxed);
         if put.is_ok() {
             // The word owns it now; it stays registered, so that a forked child closes it.
             std::mem::forget(fd);

@@ -27,11 +27,13 @@ pub const TCP_STATE_LISTEN: u8 = 10;
 /// Reads an option into `into`; returns how many bytes it has (at most `into.len()`).
 ///
 /// # Errors
-/// Those of `getsockopt`.
+/// Those of `getsockopt`; `ENOPROTOOPT` for options with pointers inside.
 pub fn get_option(fd: impl AsFd, level: i32, name: i32, into: &mut [u8]) -> io::Result<usize> {
+    refuse_pointers(level, name)?;
     let mut length = libc::socklen_t::try_from(into.len()).unwrap_or(libc::socklen_t::MAX);
     // SAFETY: getsockopt writes at most `length` bytes, which is at most the slice's length, into
-    // an exclusively borrowed slice, and the length it used into a local.
+    // an exclusively borrowed slice, and the length it used into a local. Options that make it
+    // write elsewhere are refused above.
     call::check(unsafe {
         libc::getsockopt(
             fd.as_fd().as_raw_fd(),
@@ -47,23 +49,36 @@ pub fn get_option(fd: impl AsFd, level: i32, name: i32, into: &mut [u8]) -> io::
 /// Sets an option to bytes.
 ///
 /// # Errors
-/// Those of `setsockopt`.
+/// Those of `setsockopt`; `ENOPROTOOPT` for options with pointers inside.
 pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    refuse_pointers(level, name)?;
     let length = libc::socklen_t::try_from(value.len())
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    // SAFETY: setsockopt reads `length` bytes of a borrowed slice. No option of the kernel makes
-    // it keep the pointer; one that attaches a program (SO_ATTACH_FILTER) reads further pointers
-    // out of the bytes during the call, and those the kernel checks itself.
+    // SAFETY: setsockopt reads `length` bytes of a borrowed slice and does not keep the pointer. An
+    // option that attaches a program (SO_ATTACH_FILTER) reads further pointers out of the bytes
+    // during the call, which the kernel checks; options that make it write are refused above.
     call::check(unsafe {
-        libc::setsockopt(
-            fd.as_fd().as_raw_fd(),
-            level,
-            name,
-            value.as_ptr().cast(),
-            length,
-        )
+        libc::setsockopt(fd.as_fd().as_raw_fd(), level, name, value.as_ptr().cast(), length)
     })
     .map(drop)
+}
+
+/// Refuses the options whose bytes hold pointers that the kernel *writes* through: they would let
+/// safe code change any memory of the process. (Programs pass option numbers on from their users.)
+fn refuse_pointers(level: i32, name: i32) -> io::Result<()> {
+    /// `linux/tcp.h`: fills the buffer at `copybuf_address`.
+    const TCP_ZEROCOPY_RECEIVE: i32 = 35;
+    /// `IPT_SO_SET_REPLACE`, `ARPT_SO_SET_REPLACE`, `EBT_SO_SET_ENTRIES`: fill `counters`.
+    const REPLACE_TABLES: [i32; 3] = [64, 96, 128];
+    let refused = match level {
+        libc::IPPROTO_TCP => name == TCP_ZEROCOPY_RECEIVE,
+        libc::IPPROTO_IP | libc::IPPROTO_IPV6 => REPLACE_TABLES.contains(&name),
+        _ => false,
+    };
+    if refused {
+        return Err(io::Error::from_raw_os_error(libc::ENOPROTOOPT));
+    }
+    Ok(())
 }
 
 /// Reads an option that is one `int`.

@@ -13,24 +13,23 @@ const MAX_BUFFERS: usize = 1024;
 
 /// Receives bytes; the first ones of `into`, as many as returned, are initialised afterwards.
 ///
-/// 0 is the end of the stream (or an empty `into`). Without `MSG_TRUNC`: for TCP that flag means to
-/// throw bytes away instead, and the count then says nothing about `into`.
+/// 0 is the end of the stream (or an empty `into`).
 ///
 /// # Errors
 /// Those of `recv`: `WouldBlock`, `Interrupted`, `ConnectionReset`, ...
 #[inline]
 pub fn recv(fd: impl AsFd, into: &mut [MaybeUninit<u8>], flags: i32) -> io::Result<usize> {
+    if flags & MSG_TRUNC != 0 {
+        // For TCP this flag throws bytes away instead of storing them, and counts them all the
+        // same; the promise about `into` holds nevertheless.
+        into.fill(MaybeUninit::new(0));
+    }
     // SAFETY: recv writes at most the given number of bytes into an exclusively borrowed slice, for
     // which any bytes are valid.
-    let got = unsafe {
-        libc::recv(
-            fd.as_fd().as_raw_fd(),
-            into.as_mut_ptr().cast(),
-            into.len(),
-            flags,
-        )
-    };
-    call::check_count(got)
+    let got =
+        unsafe { libc::recv(fd.as_fd().as_raw_fd(), into.as_mut_ptr().cast(), into.len(), flags) };
+    // With MSG_TRUNC the kernel may count more bytes than there was room for.
+    Ok(call::check_count(got)?.min(into.len()))
 }
 
 /// As [`recv`], into bytes that are initialised already.
@@ -40,15 +39,10 @@ pub fn recv(fd: impl AsFd, into: &mut [MaybeUninit<u8>], flags: i32) -> io::Resu
 #[inline]
 pub fn recv_bytes(fd: impl AsFd, into: &mut [u8], flags: i32) -> io::Result<usize> {
     // SAFETY: as in `recv`; the kernel stores initialised bytes only.
-    let got = unsafe {
-        libc::recv(
-            fd.as_fd().as_raw_fd(),
-            into.as_mut_ptr().cast(),
-            into.len(),
-            flags,
-        )
-    };
-    call::check_count(got)
+    let got =
+        unsafe { libc::recv(fd.as_fd().as_raw_fd(), into.as_mut_ptr().cast(), into.len(), flags) };
+    // With MSG_TRUNC the kernel may count more bytes than there was room for.
+    Ok(call::check_count(got)?.min(into.len()))
 }
 
 /// Sends bytes; returns how many the kernel took.

@@ -80,18 +80,12 @@ pub fn unix_accept(fd: impl AsFd) -> io::Result<Fd> {
 
 fn unix_address(path: &Path) -> io::Result<RawAddress> {
     let bytes = path.as_os_str().as_bytes();
-    let mut address = libc::sockaddr_un {
-        sun_family: family(libc::AF_UNIX),
-        sun_path: [0; 108],
-    };
+    let mut address = libc::sockaddr_un { sun_family: family(libc::AF_UNIX), sun_path: [0; 108] };
     // One byte stays 0, the end; an empty path or one with a zero byte would name another socket.
     if bytes.is_empty() || bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!(
-                "a socket path has 1 to 107 bytes, none zero: {}",
-                path.display()
-            ),
+            format!("a socket path has 1 to 107 bytes, none zero: {}", path.display()),
         ));
     }
     for (to, from) in address.sun_path.iter_mut().zip(bytes) {
@@ -138,10 +132,7 @@ pub fn send_with_fd(
     passed: Option<BorrowedFd<'_>>,
 ) -> io::Result<usize> {
     let mut control = Control { bytes: [0; 64] };
-    let mut part = libc::iovec {
-        iov_base: from.as_ptr().cast_mut().cast(),
-        iov_len: from.len(),
-    };
+    let mut part = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let mut message = empty_message();
     message.msg_iov = &raw mut part;
     message.msg_iovlen = 1;
@@ -157,9 +148,7 @@ pub fn send_with_fd(
             (*header).cmsg_level = libc::SOL_SOCKET;
             (*header).cmsg_type = libc::SCM_RIGHTS;
             (*header).cmsg_len = libc::CMSG_LEN(socklen_of::<RawFd>()) as _;
-            libc::CMSG_DATA(header)
-                .cast::<RawFd>()
-                .write_unaligned(passed.as_raw_fd());
+            libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(passed.as_raw_fd());
         }
     }
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
@@ -178,10 +167,7 @@ pub fn send_with_fd(
 /// (those that came are closed).
 pub fn recv_with_fd(fd: impl AsFd, into: &mut [u8], flags: i32) -> io::Result<(usize, Option<Fd>)> {
     let mut control = MaybeUninit::<Control>::zeroed();
-    let mut part = libc::iovec {
-        iov_base: into.as_mut_ptr().cast(),
-        iov_len: into.len(),
-    };
+    let mut part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     let mut message = empty_message();
     message.msg_iov = &raw mut part;
     message.msg_iovlen = 1;
