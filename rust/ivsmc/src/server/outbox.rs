@@ -105,11 +105,6 @@ impl Outbox {
         self.unread = 0;
     }
 
-    /// Whether the client has been sent everything.
-    pub(super) fn is_empty(&self) -> bool {
-        self.notes.is_empty()
-    }
-
     /// Entries that wait; one may stand for several messages.
     pub(super) fn len(&self) -> usize {
         self.notes.len()
@@ -159,7 +154,7 @@ mod tests {
             drain(&mut outbox),
             [(0, -1), (7, -1), (-1, -2), (3, 0), (3, 1), (7, 0), (7, 1), (8, 0), (8, 1)]
         );
-        assert!(outbox.is_empty());
+        assert_eq!(outbox.len(), 0);
     }
 
     #[test]
