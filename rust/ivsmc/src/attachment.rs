@@ -15,7 +15,7 @@
 //! is [`Full`] and never SIGBUS; DMBs are carved from them by a list private to the process, behind
 //! a private mutex. One idle extent is kept, others go back at once. A DMB that is released while
 //! its writer is still there is in *limbo*: it is free once the writer has let go, or once its
-//! prover has said that it is dead. [`Attachment::sweep`] looks.
+//! prover has said that it is dead. The background thread looks at growing intervals.
 //!
 //! After `fork`, the child's copies of these values do nothing to the region.
 
@@ -24,7 +24,7 @@ mod reap;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use ivsmc_proto::clc::Eid;
 use ivsmc_proto::host::{HostIdentity, HostRecord, Ip};
@@ -39,7 +39,7 @@ use crate::device::{self, Backing, DeviceSpec, Kind, Opened, Unusable};
 use crate::reactor::{lock, Reactor};
 
 use memory::Pool;
-pub(crate) use memory::{Full, OwnDmb, PeerDmb};
+pub(crate) use memory::{OwnDmb, PeerDmb};
 use reap::Judge;
 
 /// One process on one device.
@@ -55,6 +55,8 @@ pub(crate) struct Attachment {
     /// Held while reaping: see the module's words about locks.
     reaping: Mutex<()>,
     backing: Backing,
+    /// The background thread, once it looks after this attachment.
+    reactor: OnceLock<Weak<Reactor>>,
     generation: u32,
 }
 
@@ -97,6 +99,7 @@ impl Attachment {
                     record: Mutex::new(Arc::new(record)),
                     reaping: Mutex::default(),
                     backing,
+                    reactor: OnceLock::new(),
                     generation: fork::generation(),
                 }))
             }
@@ -156,17 +159,14 @@ impl Attachment {
         }
     }
 
-    /// Has the background thread look after what belongs to the device.
+    /// Has the background thread look after the limbo and what belongs to the device.
     pub(crate) fn watch(&self, reactor: &Arc<Reactor>) -> crate::Result<()> {
+        // Only the first one: an attachment lives no longer than the background thread.
+        let _ = self.reactor.set(Arc::downgrade(reactor));
         match &self.backing {
             Backing::Host(link) => link.watch(reactor),
             Backing::Local(_) | Backing::File => Ok(()),
         }
-    }
-
-    /// Whether `peer` still has its slot, as far as its prover has said.
-    pub(crate) fn is_peer_live(&self, peer: SlotRef) -> bool {
-        self.region.is_live(peer)
     }
 
     /// Whether `peer` still has its slot, asking its prover where this process can: one that turns

@@ -1,7 +1,8 @@
 //! Extents and DMBs of an attachment.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use ivsmc_proto::allocator::Allocator;
 use ivsmc_proto::dmb::{DmbError, Place, Release, Token};
@@ -11,6 +12,7 @@ use ivsmc_proto::slot::SlotRef;
 use super::{Attachment, AttachmentStats};
 use crate::device::{self, Backing};
 use crate::reactor::lock;
+use crate::retry::{retry, Tried};
 
 /// The region has no room for another DMB, or no memory could be reserved for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,11 +21,16 @@ pub(crate) struct Full;
 /// Idle extents that are kept, so that connecting again and again claims nothing.
 const KEPT_IDLE: usize = 1;
 
+/// When the limbo is looked at first: a peer that closes too has let go by then.
+const SWEEP: Duration = Duration::from_millis(2);
+
 /// The memory this process has claimed.
 pub(super) struct Pool {
     allocator: Allocator,
     /// Released while the writer was there.
     limbo: Vec<Limbo>,
+    /// The background thread looks after the limbo.
+    sweeping: bool,
     extents: usize,
     dmbs: usize,
 }
@@ -36,7 +43,13 @@ struct Limbo {
 
 impl Pool {
     pub(super) fn new(geometry: &Geometry) -> Self {
-        Self { allocator: Allocator::new(geometry), limbo: Vec::new(), extents: 0, dmbs: 0 }
+        Self {
+            allocator: Allocator::new(geometry),
+            limbo: Vec::new(),
+            sweeping: false,
+            extents: 0,
+            dmbs: 0,
+        }
     }
 }
 
@@ -76,7 +89,7 @@ impl Attachment {
     pub(crate) fn sweep(&self) -> bool {
         let (idle, remain) = {
             let mut pool = lock(&self.pool);
-            let Pool { allocator, limbo, .. } = &mut *pool;
+            let Pool { allocator, limbo, sweeping, .. } = &mut *pool;
             limbo.retain(|entry| {
                 let idle = self.region.dmb_is_idle(entry.granule);
                 if idle {
@@ -84,6 +97,7 @@ impl Attachment {
                 }
                 !idle
             });
+            *sweeping &= !limbo.is_empty();
             (take_idle(&mut pool), !pool.limbo.is_empty())
         };
         self.give_back(idle);
@@ -164,22 +178,35 @@ impl Attachment {
         }
     }
 
-    fn release(&self, token: Token, granule: u32, size_class: u8) {
+    fn release(self: &Arc<Self>, token: Token, granule: u32, size_class: u8) {
         let released = self.region.release_dmb(token);
-        let idle = {
+        let (idle, begin_to_sweep) = {
             let mut pool = lock(&self.pool);
             pool.dmbs -= 1;
             match released {
                 Release::Free => {
                     pool.allocator.free(granule, size_class);
                 }
-                Release::WriterThere => {
-                    pool.limbo.push(Limbo { granule, size_class });
-                }
+                Release::WriterThere => pool.limbo.push(Limbo { granule, size_class }),
             }
-            take_idle(&mut pool)
+            let idle = take_idle(&mut pool);
+            let in_limbo = !pool.limbo.is_empty();
+            (idle, in_limbo && !std::mem::replace(&mut pool.sweeping, in_limbo))
         };
         self.give_back(idle);
+        if begin_to_sweep {
+            self.sweep_later();
+        }
+    }
+
+    /// Has the background thread sweep until the limbo is empty.
+    fn sweep_later(self: &Arc<Self>) {
+        let Some(reactor) = self.reactor.get().and_then(Weak::upgrade) else { return };
+        let attachment = Arc::downgrade(self);
+        retry(&reactor, SWEEP, move || match attachment.upgrade() {
+            Some(attachment) if attachment.sweep() => Tried::Again,
+            _ => Tried::Done,
+        });
     }
 
     /// Gives idle extents back to the region.
@@ -253,10 +280,6 @@ pub(crate) struct PeerDmb {
 impl PeerDmb {
     pub(crate) fn place(&self) -> Place {
         self.place
-    }
-
-    pub(crate) fn attachment(&self) -> &Arc<Attachment> {
-        &self.attachment
     }
 }
 

@@ -11,9 +11,11 @@ use ivsmc_shm::mem;
 
 use ivsmc_proto::slot::SlotState;
 
+use super::memory::Full;
 use super::*;
 use crate::device::tests::{spec, Scratch};
 use crate::host::Plain;
+use crate::runtime::Runtime;
 use crate::server::{self, Server, ServerHandle, ServerOptions};
 
 fn attach(path: &Path) -> Arc<Attachment> {
@@ -53,6 +55,25 @@ fn a_dmb_is_shared_and_comes_back() {
     let census = writer.census();
     assert_eq!((census.live, census.dead, census.extents), (1, 0, 0));
     assert_eq!((census.dmbs_held, census.dmbs_attached), (0, 0));
+}
+
+#[test]
+fn the_background_thread_empties_the_limbo() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 64 << 20);
+    let (reader, writer) = (attach(&path), attach(&path));
+    let lease = Runtime::current().unwrap().lease().unwrap();
+    reader.watch(lease.reactor()).unwrap();
+    for _ in 0..2 {
+        let own = reader.allocate(4, writer.me()).unwrap();
+        let peer = writer.attach(own.token(), 4, reader.me()).unwrap();
+        drop(own);
+        assert_eq!(reader.stats().limbo, 1);
+        drop(peer);
+        while reader.stats().limbo > 0 {
+            thread::yield_now();
+        }
+    }
 }
 
 #[test]

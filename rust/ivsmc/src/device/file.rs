@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use ivsmc_proto::layout::MIN_REGION;
+use ivsmc_shm::errno;
 use ivsmc_shm::file::{self as files, Access};
 
 use super::{Backing, Opened, Unusable};
@@ -46,8 +47,8 @@ fn refusal(path: &Path, error: &io::Error) -> String {
              chmod or chgrp"
                 .to_owned()
         }
-        io::ErrorKind::IsADirectory => "it is a directory, not a file".to_owned(),
-        io::ErrorKind::ReadOnlyFilesystem => "its file system is mounted read-only".to_owned(),
+        _ if errno::is(error, errno::EISDIR) => "it is a directory, not a file".to_owned(),
+        _ if errno::is(error, errno::EROFS) => "its file system is mounted read-only".to_owned(),
         _ => format!("it cannot be opened: {error}"),
     }
 }

@@ -161,11 +161,6 @@ impl Link {
         u16::try_from(lock(&self.hearing).own.len()).unwrap_or(u16::MAX)
     }
 
-    /// Peers that the ivshmem server has named and that have not left.
-    pub(crate) fn peers(&self) -> usize {
-        lock(&self.hearing).peers.len()
-    }
-
     /// The ivshmem server has ended the connection: newcomers go to its successor.
     pub(crate) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Relaxed)

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ivsmc_shm::errno;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::file::{self as files, Access, FileIdentity, Status};
 use ivsmc_shm::lock;
@@ -113,15 +114,15 @@ fn map(
     size: Option<u64>,
 ) -> Result<Opened, Unusable> {
     let identity = status.identity;
+    // An empty file is one that somebody is to make, or died while making.
+    local.created = status.size == 0;
     // Keeps the lock when mapping fails, until what was made is removed.
     let locked = fd.try_clone().map_err(|error| cannot_open(&local.file, &error))?;
     let mapped = (|| {
         let file_system = super::file_system(&fd)?;
         super::judge_file_system(&file_system)
             .map_err(|refused| unsafe_because(refused.sentence))?;
-        // An empty file is one that somebody is to make, or died while making.
-        if status.size == 0 {
-            local.created = true;
+        if local.created {
             let size = match size {
                 Some(size) => size,
                 None => choose_size(file_system.available)?,
@@ -211,7 +212,7 @@ fn judge_directory(directory: &Path, user: u32) -> Result<(), Unusable> {
         Ok(status) => status,
         // Removed just now by the last one out: opening the file tells, and begins again.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+        Err(error) if errno::is(&error, errno::ENOTDIR) => {
             return Err(unsafe_because(format!(
                 "{shown} is not a directory (symbolic links are not followed); remove it"
             )));
@@ -267,13 +268,11 @@ fn unsafe_because(sentence: String) -> Unusable {
 
 fn cannot_open(path: &Path, error: &io::Error) -> Unusable {
     let shown = path.display();
-    // What O_NOFOLLOW answers to a symbolic link.
-    if ivsmc_shm::errno::is(error, ivsmc_shm::errno::ELOOP) {
-        return unsafe_because(format!("{shown} is a symbolic link; remove it"));
-    }
-    match error.kind() {
-        io::ErrorKind::IsADirectory => unsafe_because(format!("{shown} is a directory; remove it")),
-        io::ErrorKind::PermissionDenied => unsafe_because(format!(
+    match error.raw_os_error() {
+        // What O_NOFOLLOW answers to a symbolic link.
+        Some(errno::ELOOP) => unsafe_because(format!("{shown} is a symbolic link; remove it")),
+        Some(errno::EISDIR) => unsafe_because(format!("{shown} is a directory; remove it")),
+        Some(errno::EACCES) => unsafe_because(format!(
             "this process has no permission to read and write {shown}; remove it or chmod it"
         )),
         _ => Unusable::device(format!("{shown} cannot be opened: {error}")),

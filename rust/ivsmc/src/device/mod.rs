@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use ivsmc_proto::layout::Geometry;
 use ivsmc_proto::region::RegionError;
+use ivsmc_shm::errno;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::file::{self as files, FileSystem, Status};
 use ivsmc_shm::mapping::Mapping;
@@ -173,11 +174,8 @@ fn map(fd: Fd, status: &Status, on: &FileSystem) -> Result<(Arc<Mapping>, bool),
 }
 
 /// Whether a reservation failed for want of memory.
-pub(crate) fn is_full(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::OutOfMemory | io::ErrorKind::QuotaExceeded
-    )
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(errno::ENOSPC | errno::ENOMEM | errno::EDQUOT))
 }
 
 /// Whether the memory limit of this process leaves room for `bytes` more: reserving beyond it does
