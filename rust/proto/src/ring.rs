@@ -29,21 +29,20 @@
 //! may be spurious; whoever wakes looks again. Both ends change a wait word only by swap, so its
 //! changes have one order and each takes over from the one before.
 //!
-//! **How much is worth a wake-up.** A writer waiting for room is woken when what it needs *and* a
-//! quarter of the ring is free ([`Producer::want_room`]). With a full ring and a reader taking
-//! single bytes that is one wake-up per quarter, not per byte, and the reader still has three
-//! quarters to read meanwhile. There is no stall just under 100 % fill:
+//! **How much is worth a wake-up.** A writer asleep on a full ring is woken when what it has to
+//! write is free, but not before a quarter and not after half of the ring is
+//! ([`Producer::want_room`]). With a reader taking single bytes that is one wake-up per quarter,
+//! not per byte; and the reader still has half the ring to read while the writer wakes up, however
+//! much that wants to write. There is no stall just under 100 % fill:
 //!
-//! * A writer goes to sleep only with less free than it needs; free room below a quarter but
-//!   enough for it is used at once. A writer of a stream needs 1 byte, so it sleeps only on a
-//!   full ring.
+//! * A writer goes to sleep only on a full ring; less than a useful part is used at once when the
+//!   writer is awake.
 //! * The threshold is never above `produced`: a reader that takes all there is always reaches it.
-//! * A reader may sleep with bytes unread (a peek that wants more, an end that wants a whole
-//!   record) and less than a quarter freed since the writer fell asleep. Then the threshold would
-//!   hold both asleep; so a reader that waits wakes the writer at *any* fill:
+//! * A reader may sleep with bytes unread (one that wants a whole record, or peeks for more) and
+//!   less than a useful part freed since the writer fell asleep. Then the threshold would hold
+//!   both asleep; so a reader that waits wakes the writer at *any* fill:
 //!   [`Consumer::take_writer_wait`] after [`Consumer::want_data`] takes the wait word whatever it
-//!   says. Both ends asleep then needs a need of the writer and a need of the reader that together
-//!   exceed the ring, which only callers with such needs can bring about.
+//!   says. And a full ring satisfies every reader.
 //!
 //! **The end.** Writer: data, `produced`, then flags (Release). Reader: flags (Acquire), then
 //! `produced` ([`Consumer::look`]); so an end flag is never seen before the data it follows.
@@ -82,11 +81,7 @@ impl Place {
     pub const fn new(control: u64, data: u64, capacity: u64) -> Place {
         assert!(capacity.is_power_of_two(), "capacity is no power of two");
         assert!(control % 8 == 0, "control block is not 8-aligned");
-        Place {
-            control,
-            data,
-            capacity,
-        }
+        Place { control, data, capacity }
     }
 
     /// Whether the reader's wait word is still set: it wants waking, and nobody took that on.

@@ -36,12 +36,7 @@ impl Consumer {
     /// The reading end of a ring whose control words are zero ([`crate::control::RING_WORDS`]).
     #[must_use]
     pub const fn new(place: Place) -> Consumer {
-        Consumer {
-            place,
-            consumed: 0,
-            produced: 0,
-            poisoned: None,
-        }
+        Consumer { place, consumed: 0, produced: 0, poisoned: None }
     }
 
     /// Where the ring lies.
@@ -241,11 +236,7 @@ impl Consumer {
         self.consumed = self.consumed.wrapping_add(count);
         // Release: pairs with the Acquire in `Producer::room`. The copies out of these bytes are
         // over before the writer sees that it may write them.
-        m.store(
-            self.place.control + CONSUMED,
-            self.consumed,
-            Ordering::Release,
-        );
+        m.store(self.place.control + CONSUMED, self.consumed, Ordering::Release);
     }
 
     /// Whether this end has ended or waits itself, so that the writer goes on whatever is free.

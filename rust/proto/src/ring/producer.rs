@@ -24,12 +24,7 @@ impl Producer {
     /// The writing end of a ring whose control words are zero ([`crate::control::RING_WORDS`]).
     #[must_use]
     pub const fn new(place: Place) -> Producer {
-        Producer {
-            place,
-            produced: 0,
-            consumed: 0,
-            poisoned: None,
-        }
+        Producer { place, produced: 0, consumed: 0, poisoned: None }
     }
 
     /// Where the ring lies.
@@ -106,11 +101,7 @@ impl Producer {
         self.produced = self.produced.wrapping_add(count as u64);
         // Release: pairs with the Acquire in `Consumer::available`. Who sees the cursor sees the
         // bytes.
-        m.store(
-            self.place.control + PRODUCED,
-            self.produced,
-            Ordering::Release,
-        );
+        m.store(self.place.control + PRODUCED, self.produced, Ordering::Release);
         Ok(count)
     }
 
@@ -126,32 +117,32 @@ impl Producer {
         m.load(wait, Ordering::Relaxed) != 0 && m.swap(wait, 0) != 0
     }
 
-    /// Gets ready to sleep until there is room: `true` means do not sleep, there are `least`
-    /// bytes of room or the reader has ended; look at both. `false` means: sleep, the wait word
-    /// is set; after a sleep that no notification ended, call [`Producer::clear_wait`].
+    /// Gets ready to sleep until there is room: `true` means do not sleep, there is some or the
+    /// reader has ended; look at both. `false` means: the ring is full, sleep, the wait word is
+    /// set; after a sleep that no notification ended, call [`Producer::clear_wait`].
     ///
-    /// `least` is what the caller cannot do without, taken as `1..=capacity`: 1 for a stream,
-    /// however much there is to write. The reader notifies when that much is free and a quarter
-    /// of the ring is; the [module](super) says why that neither wakes byte by byte nor stalls.
+    /// `bytes` is how much the caller has to write; any number will do. The reader notifies when
+    /// so much is free, but not before a quarter and not after half of the ring is; the
+    /// [module](super) says why that neither wakes byte by byte nor stalls.
     ///
     /// # Errors
     /// As [`Producer::room`].
     #[inline]
-    pub fn want_room<M: Memory>(&mut self, m: &M, least: u64) -> Result<bool, PeerMisbehaved> {
-        let least = least.clamp(1, self.place.capacity);
-        if self.room(m)? >= least {
+    pub fn want_room<M: Memory>(&mut self, m: &M, bytes: u64) -> Result<bool, PeerMisbehaved> {
+        if self.room(m)? > 0 {
             return Ok(true);
         }
-        // `useful` bytes are free once `consumed` is here. As room < least <= useful, this is
-        // above the present `consumed`, hence not zero (short of 2^64 bytes, where a wake-up that
-        // comes early does no harm).
-        let useful = least.max(self.place.capacity / 4);
-        let threshold = self.produced.wrapping_sub(self.place.capacity - useful);
+        // `useful` bytes are free once `consumed` is here: above the present `consumed`, as the
+        // ring is full, hence not zero (short of 2^64 bytes, where a wake-up that comes early
+        // does no harm).
+        let capacity = self.place.capacity;
+        let useful = bytes.clamp(capacity / 4, capacity / 2).max(1);
+        let threshold = self.produced.wrapping_sub(capacity - useful);
         m.swap(self.place.control + WRITER_WAIT, threshold.max(1));
         // Pairs with the fence in `Consumer::take_writer_wait`: between the wait word and the
         // second look.
         m.fence();
-        if self.room(m)? >= least || self.reader_flags(m) != 0 {
+        if self.room(m)? > 0 || self.reader_flags(m) != 0 {
             self.clear_wait(m);
             return Ok(true);
         }

@@ -25,10 +25,7 @@ struct Tap {
 
 impl Tap {
     fn new(memory: &Arc<HeapMemory>) -> Tap {
-        Tap {
-            memory: memory.clone(),
-            taken: RefCell::default(),
-        }
+        Tap { memory: memory.clone(), taken: RefCell::default() }
     }
 
     /// What `copy` put into a buffer of `length` bytes, as it says how many.
@@ -79,9 +76,7 @@ impl Memory for Tap {
     fn read(&self, at: u64, into: &mut [MaybeUninit<u8>]) {
         self.memory.read(at, into);
         let piece = self.memory.bytes(at, into.len());
-        self.taken
-            .borrow_mut()
-            .push((into.as_ptr() as usize, piece));
+        self.taken.borrow_mut().push((into.as_ptr() as usize, piece));
     }
 }
 
@@ -92,11 +87,7 @@ const DATA: u64 = 512;
 fn pair(capacity: u64) -> (Tap, Producer, Consumer) {
     let memory = Arc::new(HeapMemory::new(DATA + capacity + 64));
     let place = Place::new(CONTROL, DATA, capacity);
-    (
-        Tap::new(&memory),
-        Producer::new(place),
-        Consumer::new(place),
-    )
+    (Tap::new(&memory), Producer::new(place), Consumer::new(place))
 }
 
 fn read(m: &Tap, consumer: &mut Consumer, length: usize) -> Vec<u8> {
@@ -104,8 +95,7 @@ fn read(m: &Tap, consumer: &mut Consumer, length: usize) -> Vec<u8> {
 }
 
 fn peek(m: &Tap, consumer: &mut Consumer, skip: u64, length: usize) -> Vec<u8> {
-    m.bytes(length, |into| consumer.peek(m, skip, into))
-        .unwrap()
+    m.bytes(length, |into| consumer.peek(m, skip, into)).unwrap()
 }
 
 fn word(m: &Tap, offset: u64) -> u64 {
@@ -256,10 +246,7 @@ fn a_produced_out_of_range_poisons_the_consumer() {
         assert_eq!(consumer.look(&m), Err(error));
         assert_eq!(consumer.want_data(&m, 1), Err(error));
         assert_eq!(consumer.poisoned(), Some(error));
-        assert_eq!(
-            m.taken.borrow().iter().filter(|t| t.1.len() > 12).count(),
-            0
-        );
+        assert_eq!(m.taken.borrow().iter().filter(|t| t.1.len() > 12).count(), 0);
         set_word(&m, PRODUCED, hostile);
         assert_eq!(everything(&m), before, "nothing touched");
         consumer.set_flags(&m, READER_ABORTED);
@@ -326,39 +313,42 @@ fn the_writer_is_woken_once_a_quarter_is_free() {
 }
 
 #[test]
-fn the_writer_is_woken_when_what_it_needs_is_free() {
-    for (least, at) in [
-        (0, 16),
-        (1, 16),
-        (16, 16),
-        (17, 17),
-        (40, 40),
-        (64, 64),
-        (999, 64),
-    ] {
+fn the_writer_is_woken_between_a_quarter_and_half() {
+    for (bytes, at) in [(0, 16), (1, 16), (17, 17), (32, 32), (33, 32), (u64::MAX, 32)] {
         let (m, mut producer, mut consumer) = pair(64);
         producer.write(&m, &[1; 64]).unwrap();
-        assert_eq!(producer.want_room(&m, least), Ok(false));
+        assert_eq!(producer.want_room(&m, bytes), Ok(false));
+        assert_eq!(word(&m, WRITER_WAIT), at);
         consumer.skip(&m, at - 1).unwrap();
-        assert!(!consumer.take_writer_wait(&m), "least {least}");
+        assert!(!consumer.take_writer_wait(&m), "{bytes} bytes");
         consumer.skip(&m, 1).unwrap();
-        assert!(consumer.take_writer_wait(&m), "least {least}");
+        assert!(consumer.take_writer_wait(&m), "{bytes} bytes");
         assert!(!consumer.take_writer_wait(&m), "taken once");
+    }
+}
+
+#[test]
+fn the_smallest_rings_wake_at_one_byte() {
+    for capacity in [1, 2, 4] {
+        let (m, mut producer, mut consumer) = pair(capacity);
+        assert_eq!(producer.write(&m, &[1; 9]), Ok(usize::try_from(capacity).unwrap()));
+        assert_eq!(producer.want_room(&m, 1), Ok(false));
+        consumer.skip(&m, 1).unwrap();
+        assert!(consumer.take_writer_wait(&m));
     }
 }
 
 #[test]
 fn a_writer_that_finds_room_does_not_wait() {
     let (m, mut producer, mut consumer) = pair(64);
-    assert_eq!(producer.want_room(&m, 64), Ok(true));
+    assert_eq!(producer.want_room(&m, 99), Ok(true));
     producer.write(&m, &[1; 64]).unwrap();
-    consumer.skip(&m, 1).unwrap();
-    assert_eq!(producer.want_room(&m, 1), Ok(true), "one byte is used");
-    assert_eq!(producer.want_room(&m, 2), Ok(false));
-    assert_eq!(word(&m, WRITER_WAIT), 16, "free at 64 + 16 - 64");
-    consumer.skip(&m, 1).unwrap();
-    assert_eq!(producer.want_room(&m, 2), Ok(true));
+    assert_eq!(producer.want_room(&m, 99), Ok(false));
+    assert!(producer.place().writer_waits(&m));
     producer.clear_wait(&m);
+    assert!(!producer.place().writer_waits(&m));
+    consumer.skip(&m, 1).unwrap();
+    assert_eq!(producer.want_room(&m, 99), Ok(true), "one byte is used");
     assert!(!producer.place().writer_waits(&m));
 }
 
@@ -413,10 +403,7 @@ fn end_flags_keep_both_ends_from_sleeping() {
     producer.set_flags(&m, DONE_WRITING);
     assert!(producer.take_reader_wait(&m));
     assert_eq!(consumer.want_data(&m, 1), Ok(true));
-    let end = Look {
-        available: 0,
-        flags: DONE_WRITING,
-    };
+    let end = Look { available: 0, flags: DONE_WRITING };
     assert_eq!(consumer.look(&m), Ok(end));
     producer.set_flags(&m, WRITER_CLOSED);
     assert_eq!(consumer.writer_flags(&m), DONE_WRITING | WRITER_CLOSED);
