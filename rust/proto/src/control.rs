@@ -43,14 +43,8 @@ pub const READER_WAIT: u64 = 3 * LINE;
 pub const WRITER_WAIT: u64 = 4 * LINE;
 
 /// The words that must be zero before a writer is invited.
-pub const RING_WORDS: [u64; 6] = [
-    PRODUCED,
-    WRITER_FLAGS,
-    CONSUMED,
-    READER_FLAGS,
-    READER_WAIT,
-    WRITER_WAIT,
-];
+pub const RING_WORDS: [u64; 6] =
+    [PRODUCED, WRITER_FLAGS, CONSUMED, READER_FLAGS, READER_WAIT, WRITER_WAIT];
 
 /// Writer flag: no byte follows `produced`; the other direction goes on (`shutdown(SHUT_WR)`).
 pub const DONE_WRITING: u64 = 1;

@@ -28,10 +28,7 @@ impl HeapMemory {
     /// A memory of `len` zero bytes.
     #[must_use]
     pub fn new(len: u64) -> HeapMemory {
-        HeapMemory {
-            words: (0..len.div_ceil(WORD)).map(|_| AtomicU64::new(0)).collect(),
-            len,
-        }
+        HeapMemory { words: (0..len.div_ceil(WORD)).map(|_| AtomicU64::new(0)).collect(), len }
     }
 
     /// A copy of the bytes at `at..at + length`.
@@ -106,8 +103,7 @@ impl Memory for HeapMemory {
     }
 
     fn compare_exchange(&self, at: u64, current: u64, new: u64) -> Result<u64, u64> {
-        self.word(at)
-            .compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+        self.word(at).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
     }
 
     fn fetch_or(&self, at: u64, bits: u64) -> u64 {
