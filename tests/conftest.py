@@ -8,9 +8,11 @@ import contextlib
 import gc
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from endpoints import Endpoint, session_pair, socket_pair
+from endpoints import LOOPBACK, Endpoint, session_pair, socket_pair
 from ivsmc import _native
 from ivsmc._cli.arguments import size
 
@@ -43,9 +45,12 @@ def device_specs() -> Iterator[dict[str, str]]:
     gc.freeze()  # what pytest and its plugins hold need not be looked at after every test
     resource_tracker.ensure_running()  # multiprocessing's own; not a leak of the first test
     with contextlib.ExitStack() as cleanup:
-        # file: wants a file system that shares memory.
+        # file: wants a file system that shares memory; local: of this run must be nobody else's.
         where = Path(tempfile.mkdtemp(prefix="ivsmc-tests-", dir=SHM))
         cleanup.callback(shutil.rmtree, where)
+        os.environ["IVSMC_LOCAL_DIR"] = str(where)
+        cleanup.callback(os.environ.pop, "IVSMC_LOCAL_DIR")
+        os.environ.pop("IVSMC_DEVICE", None)
         region = where / "region"
         with region.open("xb") as file:
             file.truncate(REGION_BYTES)
@@ -68,11 +73,15 @@ def running_server(path: Path) -> Iterator[None]:
         try:
             ready = server.stderr.readline()
             assert "listening" in ready, ready + server.stderr.read()
+            # It says who comes and goes: read on, or it would wait for room in the pipe.
+            said: list[str] = []
+            reader = threading.Thread(target=said.extend, args=(server.stderr,))
+            reader.start()
             yield
         finally:
             server.terminate()
-            left = server.stderr.read()
-    assert server.returncode == 0, left
+        reader.join()
+    assert server.returncode == 0, said
     assert not path.exists()
 
 
@@ -100,6 +109,15 @@ def pair(
         yield ends
 
 
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses."""
+    with socket.socket() as once:
+        once.bind(LOOPBACK)
+        port: int = once.getsockname()[1]
+        return port
+
+
 @dataclass
 class Resources:
     """What this process holds of the machine."""
@@ -107,7 +125,7 @@ class Resources:
     descriptors: Counter[str]
     threads: int
     mappings: int
-    shm_names: set[str]
+    files: set[str]
 
     @classmethod
     def now(cls) -> "Resources":
@@ -120,13 +138,7 @@ class Resources:
             descriptors=descriptors,
             threads=sum(1 for _ in Path("/proc/self/task").iterdir()),
             mappings=sum("ivsmc" in line and ".so" not in line for line in maps),
-            # The directory of `local` may stay, what it holds may not.
-            shm_names={
-                str(path)
-                for top in SHM.glob("ivsmc-*")
-                for path in (top.iterdir() if top.name == f"ivsmc-{os.getuid()}" else [top])
-                if path.stat().st_blocks or path.is_dir()
-            },
+            files={str(path) for path in Path(os.environ["IVSMC_LOCAL_DIR"]).rglob("*")},
         )
 
 
@@ -136,9 +148,9 @@ def no_leaks() -> Iterator[None]:
     before = Resources.now()
     yield
     gc.collect()
-    _native.shutdown()
+    assert _native.shutdown()
     after = Resources.now()
     assert after.descriptors - before.descriptors == Counter()
     assert after.threads <= before.threads
     assert after.mappings <= before.mappings
-    assert after.shm_names <= before.shm_names
+    assert after.files <= before.files

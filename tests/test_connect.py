@@ -9,29 +9,24 @@ import ivsmc
 from endpoints import LOOPBACK, receive_all
 
 
-def closed_port() -> int:
-    with socket.socket() as once:
-        once.bind(LOOPBACK)
-        port: int = once.getsockname()[1]
-        return port
-
-
-def test_nobody_listens(device: str) -> None:
+def test_nobody_listens(device: str, free_port: int) -> None:
     with pytest.raises(ConnectionRefusedError):
-        ivsmc.create_connection(("127.0.0.1", closed_port()), device=device)
+        ivsmc.create_connection(("127.0.0.1", free_port), device=device)
 
 
-def test_every_error_of_the_loop_in_a_group() -> None:
+def test_every_error_of_the_loop_in_a_group(free_port: int) -> None:
     with pytest.raises(ExceptionGroup, match="create_connection failed") as caught:
-        ivsmc.create_connection(("127.0.0.1", closed_port()), all_errors=True)
+        ivsmc.create_connection(("127.0.0.1", free_port), all_errors=True)
     assert [type(error) for error in caught.value.exceptions] == [ConnectionRefusedError]
 
 
-def test_the_next_address_is_tried(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_the_next_address_is_tried(
+    monkeypatch: pytest.MonkeyPatch, device: str, free_port: int
+) -> None:
     with ivsmc.create_server(LOOPBACK, device=device) as listener:
         good = listener.getsockname()
         found = [
-            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", closed_port())),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", free_port)),
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", good),
         ]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
@@ -89,8 +84,8 @@ def test_no_time_at_all_is_what_a_non_blocking_socket_says() -> None:
             ivsmc.create_connection(listener.getsockname(), 0)
 
 
-def test_a_source_address_is_used(device: str) -> None:
-    port = closed_port()
+def test_a_source_address_is_used(device: str, free_port: int) -> None:
+    port = free_port
     with ivsmc.create_server(LOOPBACK, device=device) as listener:
         with ivsmc.create_connection(
             listener.getsockname(), source_address=("127.0.0.1", port), device=device

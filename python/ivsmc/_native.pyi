@@ -8,6 +8,20 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, final, overload
 
 from _typeshed import ReadableBuffer, WriteableBuffer
+from typing_extensions import disjoint_base
+
+__all__ = [
+    "Acceptor",
+    "Device",
+    "Fallback",
+    "Handle",
+    "Server",
+    "Stream",
+    "connect",
+    "devices",
+    "open_device",
+    "shutdown",
+]
 
 @final
 class Handle:
@@ -45,6 +59,7 @@ def connect(
     ``SMCRequired`` where ``require`` is "smc" and it would be plain TCP.
     """
 
+@disjoint_base
 class Stream:
     """A connected stream; the methods are those of ``socket.socket``.
 
@@ -84,7 +99,7 @@ class Stream:
     def sendmsg(
         self,
         buffers: Iterable[ReadableBuffer],
-        ancdata: Iterable[Any] = ...,
+        ancdata: Iterable[Any] | None = None,
         flags: int = 0,
         address: Any = None,
         /,
@@ -129,7 +144,9 @@ class Stream:
     @overload
     def getsockopt(self, level: int, option: int, buflen: int, /) -> bytes: ...
     @overload
-    def setsockopt(self, level: int, option: int, value: int | ReadableBuffer, /) -> None: ...
+    def setsockopt(
+        self, level: int, option: int, value: int | ReadableBuffer, optlen: None = None, /
+    ) -> None: ...
     @overload
     def setsockopt(self, level: int, option: int, value: None, optlen: int, /) -> None: ...
     def _close(self) -> None:
@@ -167,7 +184,12 @@ class Acceptor:
     def getsockopt(self, level: int, option: int, buflen: int = 0, /) -> int | bytes:
         """Read an option of the listening socket."""
     def setsockopt(
-        self, level: int, option: int, value: int | ReadableBuffer | None, optlen: int = 0, /
+        self,
+        level: int,
+        option: int,
+        value: int | ReadableBuffer | None,
+        optlen: int | None = None,
+        /,
     ) -> None:
         """Set an option of the listening socket."""
     def stats(self) -> dict[str, Any]:

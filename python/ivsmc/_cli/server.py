@@ -67,11 +67,15 @@ def run(options: argparse.Namespace) -> int:
             flush=True,
         )
         while True:
-            server.serve(_POLL_SECONDS)
+            server.serve(_POLL_SECONDS, _log)
     except KeyboardInterrupt:
         return 0
     finally:
         server.close()
+
+
+def _log(event: str) -> None:
+    print(f"ivsmc server: {event}", file=sys.stderr, flush=True)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
