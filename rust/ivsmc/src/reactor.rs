@@ -125,13 +125,20 @@ impl Reactor {
     pub(crate) fn run(&self, need: impl Fn() -> Need) {
         let mut events = [EpollEvent::default(); 64];
         loop {
-            {
+            let gone = {
                 let mut linger = lock(&self.linger);
-                match need() {
-                    Need::Gone => return,
-                    Need::Until(when) => *linger = Some(when),
-                    Need::Open => *linger = None,
-                }
+                let need = need();
+                *linger = match need {
+                    Need::Until(when) => Some(when),
+                    Need::Open | Need::Gone => None,
+                };
+                matches!(need, Need::Gone)
+            };
+            if gone {
+                // Some of them hold the reactor, which holds them.
+                let sources = std::mem::take(&mut *lock(&self.sources));
+                drop(sources);
+                return;
             }
             let timeout =
                 self.next_look().map(|when| when.saturating_duration_since(Instant::now()));

@@ -42,10 +42,6 @@ impl Readiness {
         self.user.as_raw_fd()
     }
 
-    pub(crate) fn is_writable(&self) -> bool {
-        self.writable
-    }
-
     pub(crate) fn set_readable(&mut self, readable: bool) {
         let Some(engine) = &self.engine else { return };
         if readable == self.readable || self.read_ended {

@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ivsmc_proto::slot::SlotRef;
-use ivsmc_shm::{fork, thread};
+use ivsmc_shm::{fork, net, thread};
 
 use crate::devices::DeviceTable;
 use crate::reactor::{lock, Need, Reactor};
@@ -33,6 +34,7 @@ pub(crate) struct Runtime {
 #[derive(Default)]
 struct State {
     reactor: Option<Arc<Reactor>>,
+    thread: Option<JoinHandle<()>>,
     leases: usize,
     unused_since: Option<Instant>,
 }
@@ -67,9 +69,9 @@ impl Runtime {
             None => {
                 let reactor = Arc::new(Reactor::new()?);
                 let served = Arc::clone(&reactor);
-                thread::spawn("ivsmc", move || {
+                state.thread = Some(thread::spawn("ivsmc", move || {
                     served.run(|| self.need(&served));
-                })?;
+                })?);
                 state.reactor = Some(Arc::clone(&reactor));
                 reactor
             }
@@ -87,15 +89,27 @@ impl Runtime {
     ///
     /// Returns whether everything is released.
     pub(crate) fn release_unused(&self) -> bool {
-        let mut state = lock(&self.state);
-        if state.leases > 0 {
-            return false;
-        }
-        self.devices.detach_all();
-        if let Some(reactor) = state.reactor.take() {
+        let (reactor, thread) = {
+            let mut state = lock(&self.state);
+            if state.leases > 0 {
+                return false;
+            }
+            self.release_all();
+            (state.reactor.take(), state.thread.take())
+        };
+        if let Some(reactor) = reactor {
             reactor.wake();
         }
+        if let Some(thread) = thread {
+            // It only fails if a source panicked, which was printed then.
+            let _ = thread.join();
+        }
         true
+    }
+
+    fn release_all(&self) {
+        self.devices.detach_all();
+        net::close_kept_sockets();
     }
 
     /// Asked by the background thread whenever it wakes.
@@ -108,7 +122,7 @@ impl Runtime {
             None => Need::Open,
             Some(since) if since.elapsed() < LINGER => Need::Until(since + LINGER),
             Some(_) => {
-                self.devices.detach_all();
+                self.release_all();
                 state.reactor = None;
                 Need::Gone
             }
