@@ -7,11 +7,14 @@
 //! condition again, one of them leading next. No thread stands in between.
 //!
 //! ```text
-//!   turn := load            \
-//!   ready()?  (arms flag)    |  leader ends: leading := 0, turn += 1, wake followers
-//!   lead? poll the TCP       |  so a follower that saw the old turn never sleeps past it
-//!   else futex_wait(turn)   /
+//!   seen := turn             turn counts ended turns twice, and is odd while somebody leads
+//!   ready()?                 sets the wait flag, looks again
+//!   even: lead := CAS(seen, seen + 1), poll the connection, drain, turn += 1, wake followers
+//!   odd:  futex_wait(turn, seen)
 //! ```
+//!
+//! One word says both, so whoever saw `seen` before its `ready` neither sleeps past the end of a
+//! turn nor leads after one that may have drained its byte (`proto`'s loom models show it).
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -53,12 +56,10 @@ fn own_bell() -> Result<Arc<EventFd>> {
 /// The waiting of one session.
 #[derive(Default)]
 pub(crate) struct Sleeper {
-    /// A thread is asleep on the connection, or drains it.
-    leading: AtomicBool,
+    /// Twice the ended turns, plus 1 while somebody leads. Followers sleep on it.
+    turn: AtomicU32,
     /// The background thread found bytes while somebody led.
     missed: AtomicBool,
-    /// Counts the ends of turns; followers sleep on it.
-    turn: AtomicU32,
     followers: AtomicU32,
     frames: Mutex<FrameDecoder>,
     /// Wakes the thread that sleeps on the connection, from within this process.
@@ -89,29 +90,20 @@ impl Sleeper {
         mut drained: impl FnMut(Drained),
     ) -> Result<()> {
         loop {
-            // SeqCst: pairs with `end_turn`, so that a turn ended after this load is noticed.
-            let turn = self.turn.load(Ordering::SeqCst);
+            // SeqCst here and below: one order of turns, followers and `missed` for all.
+            let seen = self.turn.load(Ordering::SeqCst);
             if ready()? {
                 return Ok(());
             }
             let left = deadline.left()?;
-            if !self.lead() {
-                self.followers.fetch_add(1, Ordering::SeqCst);
-                let slept = futex::wait(&self.turn, turn, left);
-                self.followers.fetch_sub(1, Ordering::SeqCst);
-                match slept {
-                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
-                        return Err(Error::Interrupted)
-                    }
-                    _ => continue,
-                }
-            }
-            // A turn that ended between `ready` and `lead` may have drained our byte.
-            if self.turn.load(Ordering::SeqCst) != turn {
-                self.end_turn(conn, &mut drained);
+            if seen % 2 == 1 {
+                self.follow(seen, left)?;
                 continue;
             }
-            let polled = self.poll(conn, left, turn);
+            if !self.lead(seen) {
+                continue;
+            }
+            let polled = self.poll(conn, left, seen + 1);
             match polled {
                 Ok(false) => {}
                 Ok(true) => drained(self.drain(conn)),
@@ -126,20 +118,19 @@ impl Sleeper {
 
     /// Drains in the name of the background thread: at once, or through whoever leads now.
     pub(crate) fn drain_in_background(&self, conn: &Fd, mut drained: impl FnMut(Drained)) {
-        // SeqCst pairs with `end_turn`: either the leader sees `missed`, or we see it gone.
         self.missed.store(true, Ordering::SeqCst);
-        if self.lead() {
+        if self.lead_if_nobody_does() {
             self.end_turn(conn, &mut drained);
         }
     }
 
     /// Sleeps on the connection as the leader; returns whether it has something.
-    fn poll(&self, conn: &Fd, left: Option<Duration>, turn: u32) -> Result<bool> {
+    fn poll(&self, conn: &Fd, left: Option<Duration>, mine: u32) -> Result<bool> {
         let bell = own_bell()?;
         *lock(&self.bell) = Some(Arc::clone(&bell));
-        // `wake_all` ends the turn, then looks for the bell; we set the bell, then look at the
+        // `wake_all` changes the turn, then looks for the bell; we set the bell, then look at the
         // turn. (The locks of `bell` order the two.)
-        let polled = if self.turn.load(Ordering::SeqCst) == turn {
+        let polled = if self.turn.load(Ordering::SeqCst) == mine {
             let mut fds =
                 [PollFd::new(conn, poll::IN | poll::RDHUP), PollFd::new(&*bell, poll::IN)];
             poll::poll(&mut fds, left).map(|_| (fds[0].revents() != 0, fds[1].revents() != 0))
@@ -163,6 +154,7 @@ impl Sleeper {
 
     /// Makes every thread inside look at its condition again.
     pub(crate) fn wake_all(&self) {
+        self.turn.fetch_add(2, Ordering::SeqCst);
         self.wake_followers();
         if let Some(bell) = lock(&self.bell).as_ref() {
             // An eventfd refuses only when 2^64 - 1 notifications are pending.
@@ -170,15 +162,35 @@ impl Sleeper {
         }
     }
 
-    fn wake_followers(&self) {
-        self.turn.fetch_add(1, Ordering::SeqCst);
-        if self.followers.load(Ordering::SeqCst) > 0 {
-            futex::wake(&self.turn, u32::MAX);
+    /// Sleeps until the turn is no longer `seen`.
+    fn follow(&self, seen: u32, left: Option<Duration>) -> Result<()> {
+        self.followers.fetch_add(1, Ordering::SeqCst);
+        let slept = futex::wait(&self.turn, seen, left);
+        self.followers.fetch_sub(1, Ordering::SeqCst);
+        match slept {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
+                Err(Error::Interrupted)
+            }
+            // Whatever else it was: look again.
+            _ => Ok(()),
         }
     }
 
-    fn lead(&self) -> bool {
-        self.leading.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    /// Takes the lead, unless the turn is no longer `seen`.
+    fn lead(&self, seen: u32) -> bool {
+        self.turn.compare_exchange(seen, seen + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    fn lead_if_nobody_does(&self) -> bool {
+        loop {
+            let seen = self.turn.load(Ordering::SeqCst);
+            if seen % 2 == 1 {
+                return false;
+            }
+            if self.lead(seen) {
+                return true;
+            }
+        }
     }
 
     fn end_turn(&self, conn: &Fd, drained: &mut impl FnMut(Drained)) {
@@ -186,11 +198,19 @@ impl Sleeper {
             if self.missed.swap(false, Ordering::SeqCst) {
                 drained(self.drain(conn));
             }
-            self.leading.store(false, Ordering::SeqCst);
+            self.turn.fetch_add(1, Ordering::SeqCst);
             self.wake_followers();
-            if !self.missed.load(Ordering::SeqCst) || !self.lead() {
+            // The background thread sets `missed`, then looks who leads; we stop leading, then
+            // look at `missed`: one of us sees the other.
+            if !self.missed.load(Ordering::SeqCst) || !self.lead_if_nobody_does() {
                 return;
             }
+        }
+    }
+
+    fn wake_followers(&self) {
+        if self.followers.load(Ordering::SeqCst) > 0 {
+            futex::wake(&self.turn, u32::MAX);
         }
     }
 

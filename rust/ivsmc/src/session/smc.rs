@@ -471,7 +471,7 @@ impl Inner {
         let mut wake = false;
         if let Some(rx) = rx.as_mut() {
             rx.ring.set_flags(memory, if abort { READER_ABORTED } else { READER_CLOSED });
-            wake |= rx.ring.take_writer_wait(memory) || rx.ring.place().writer_waits(memory);
+            wake |= rx.ring.take_writer_wait(memory);
         }
         if let Some(tx) = tx {
             let flags = if abort { WRITER_ABORTED } else { DONE_WRITING | WRITER_CLOSED };
