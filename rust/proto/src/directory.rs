@@ -239,3 +239,143 @@ impl<M: Memory> Region<M> {
             .sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::heap::HeapMemory;
+    use crate::host::HostIdentity;
+    use crate::layout::MIN_REGION;
+    use crate::slot::Prover;
+    use alloc::vec::Vec;
+    use core::net::{IpAddr, SocketAddr};
+
+    fn ip(text: &str) -> Ip {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    fn record(boot: u128, addresses: &[&str]) -> HostRecord {
+        let addresses: Vec<Ip> = addresses.iter().map(|text| ip(text)).collect();
+        HostRecord::new(HostIdentity { boot, netns: 1, ivposition: 0 }, &addresses)
+    }
+
+    struct Host<'a> {
+        region: &'a Region<HeapMemory>,
+        slot: SlotRef,
+        record: HostRecord,
+    }
+
+    fn host<'a>(region: &'a Region<HeapMemory>, boot: u128, addresses: &[&str]) -> Host<'a> {
+        let index = region.unclaimed().next().unwrap();
+        let slot = region.claim_slot(index, Prover::None).unwrap();
+        let record = record(boot, addresses);
+        region.write_host_record(slot, &record);
+        Host { region, slot, record }
+    }
+
+    impl Host<'_> {
+        fn listen(&self, bound: Bound) -> ListenerEntry {
+            self.region.register_listener(self.slot, bound, 80).unwrap()
+        }
+
+        fn find(&self, dest: &str) -> Option<SlotRef> {
+            let dest = dest.parse::<SocketAddr>().unwrap();
+            self.region.find_listener(dest.into(), &self.record)
+        }
+    }
+
+    fn region() -> Region<HeapMemory> {
+        Region::attach(HeapMemory::new(MIN_REGION), 1).unwrap()
+    }
+
+    #[test]
+    fn a_destination_finds_who_listens_there_and_nobody_else() {
+        let region = region();
+        let everywhere = "172.17.0.1";
+        let client = host(&region, 1, &["10.0.0.1", "fd00::1", everywhere]);
+        let server = host(&region, 2, &["10.0.0.2", "fd00::2", everywhere]);
+        let found = Some(server.slot);
+        type Row = (Bound, &'static [(&'static str, bool)]);
+        let rows: [Row; 5] = [
+            (
+                Bound::Any4,
+                &[
+                    ("10.0.0.2:80", true),
+                    ("[fd00::2]:80", false),
+                    ("10.0.0.3:80", false),
+                    ("10.0.0.2:81", false),
+                    ("[::ffff:10.0.0.2]:80", true),
+                ],
+            ),
+            (Bound::Any6, &[("10.0.0.2:80", false), ("[fd00::2]:80", true)]),
+            (
+                Bound::AnyDual,
+                &[
+                    ("10.0.0.2:80", true),
+                    ("[fd00::2]:80", true),
+                    ("127.0.0.1:80", false),
+                    ("[::1]:80", false),
+                    ("0.0.0.0:80", false),
+                    ("172.17.0.1:80", false),
+                ],
+            ),
+            // Bound to it, whether its record lists it or not.
+            (Bound::One(ip("10.0.0.9")), &[("10.0.0.9:80", true), ("10.0.0.2:80", false)]),
+            (Bound::One(ip("fe80::1")), &[("[fe80::1]:80", false)]),
+        ];
+        for (bound, destinations) in rows {
+            let entry = server.listen(bound);
+            for (dest, expected) in destinations {
+                assert_eq!(client.find(dest), found.filter(|_| *expected), "{bound:?} {dest}");
+            }
+            assert!(region.unregister_listener(entry) && !region.unregister_listener(entry));
+            assert_eq!(client.find("10.0.0.2:80"), None);
+        }
+    }
+
+    #[test]
+    fn local_destinations_stay_on_the_host() {
+        let region = region();
+        let client = host(&region, 1, &["10.0.0.1"]);
+        let same = host(&region, 1, &["10.0.0.1"]);
+        let other = host(&region, 2, &["10.0.0.1"]);
+        other.listen(Bound::AnyDual);
+        for dest in
+            ["127.0.0.1:80", "127.0.1.1:80", "0.0.0.0:80", "[::]:80", "[::1]:80", "10.0.0.1:80"]
+        {
+            assert_eq!(client.find(dest), None, "{dest}");
+        }
+        same.listen(Bound::Any4);
+        for dest in ["127.0.0.1:80", "127.0.1.1:80", "0.0.0.0:80", "10.0.0.1:80"] {
+            assert_eq!(client.find(dest), Some(same.slot), "{dest}");
+        }
+        assert_eq!(client.find("[::1]:80"), None);
+        same.listen(Bound::One(ip("::1")));
+        assert_eq!(client.find("[::]:80"), Some(same.slot));
+    }
+
+    #[test]
+    fn the_dead_do_not_listen() {
+        let region = region();
+        let client = host(&region, 1, &["10.0.0.1"]);
+        let server = host(&region, 2, &["10.0.0.2"]);
+        server.listen(Bound::Any4);
+        region.mark_dead(server.slot);
+        assert_eq!(client.find("10.0.0.2:80"), None);
+        assert_eq!(region.register_listener(server.slot, Bound::Any4, 81), None);
+        assert_eq!(region.reclaim(server.slot).listeners, 1);
+        assert_eq!(region.census().listeners, 0);
+    }
+
+    #[test]
+    fn a_full_directory_says_so() {
+        let region = region();
+        let server = host(&region, 2, &["10.0.0.2"]);
+        let entries = region.geometry().directory_entries();
+        for port in 0..u16::try_from(entries).unwrap() {
+            assert!(region.register_listener(server.slot, Bound::Any4, port).is_some());
+        }
+        assert_eq!(region.register_listener(server.slot, Bound::Any4, 9999), None);
+        assert_eq!(region.reclaim(server.slot).listeners, entries);
+    }
+}

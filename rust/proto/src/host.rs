@@ -263,3 +263,90 @@ fn low(number: u128) -> u64 {
 fn join([low, high]: [u64; 2]) -> u128 {
     u128::from(high) << 64 | u128::from(low)
 }
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use super::*;
+    use crate::heap::HeapMemory;
+    use crate::layout::MIN_REGION;
+    use crate::slot::Prover;
+    use alloc::string::ToString;
+    use alloc::sync::Arc;
+    use alloc::vec;
+
+    fn ip(text: &str) -> Ip {
+        Ip::from(text.parse::<IpAddr>().unwrap())
+    }
+
+    #[test]
+    fn addresses_are_canonical() {
+        assert_eq!(ip("10.0.0.1"), ip("::ffff:10.0.0.1"));
+        assert_eq!(ip("10.0.0.1").to_string(), "10.0.0.1");
+        assert_eq!(IpAddr::from(ip("fe80::1")).to_string(), "fe80::1");
+        assert_eq!(ip("0.0.0.0").as_destination(), ip("127.0.0.1"));
+        assert_eq!(ip("::").as_destination(), ip("::1"));
+        assert_eq!(ip("10.0.0.1").as_destination(), ip("10.0.0.1"));
+        assert!(ip("127.9.9.9").is_loopback() && ip("::1").is_loopback());
+        assert!(!ip("128.0.0.1").is_loopback() && !ip("::2").is_loopback());
+        assert!(ip("169.254.3.4").is_link_local() && ip("febf::1").is_link_local());
+        assert!(!ip("fec0::1").is_link_local() && !ip("169.253.0.1").is_link_local());
+        assert_eq!(Ip::from_words(ip("2001:db8::7").to_words()), ip("2001:db8::7"));
+        let endpoint: Endpoint = "[::ffff:1.2.3.4]:5".parse::<SocketAddr>().unwrap().into();
+        assert_eq!(endpoint.to_string(), "1.2.3.4:5");
+    }
+
+    fn record(n: u8) -> HostRecord {
+        let identity = HostIdentity {
+            boot: (u128::MAX / 3).wrapping_mul(u128::from(n)),
+            netns: u64::from(n),
+            ivposition: u16::from(n),
+        };
+        HostRecord::new(identity, &vec![Ip([n; 16]); usize::from(n)])
+    }
+
+    #[test]
+    fn a_record_is_of_its_slots_live_generation() {
+        let region = Region::attach(HeapMemory::new(MIN_REGION), 1).unwrap();
+        let at = region.claim_slot(5, Prover::None).unwrap();
+        assert_eq!(region.host_record(5), None);
+        for n in [1, 32, 0] {
+            region.write_host_record(at, &record(n));
+            assert_eq!(region.host_record(5), Some(record(n)));
+        }
+        assert_eq!(record(40).addresses().len(), MAX_ADDRESSES);
+        // Killed in the middle of writing: no record, until the next owner writes one.
+        let sequence = region.geometry().host_record(5);
+        region.set_word(sequence, region.word(sequence) | 1);
+        assert_eq!(region.host_record(5), None);
+        region.reclaim(at);
+        let next = region.claim_slot(5, Prover::None).unwrap();
+        assert_eq!(region.host_record(5), None);
+        region.write_host_record(next, &record(7));
+        assert_eq!(region.host_record(5), Some(record(7)));
+        assert_eq!(region.host_record(u16::MAX), None);
+    }
+
+    #[test]
+    fn a_reader_never_sees_two_records_mixed() {
+        let memory = Arc::new(HeapMemory::new(MIN_REGION));
+        let region = Region::attach(memory.clone(), 1).unwrap();
+        let at = region.claim_slot(0, Prover::None).unwrap();
+        let writer = std::thread::spawn(move || {
+            for n in (0..30).cycle().take(100_000) {
+                region.write_host_record(at, &record(n));
+            }
+        });
+        let region = Region::attach(memory, 1).unwrap();
+        let mut seen = 0;
+        while !writer.is_finished() || seen == 0 {
+            if let Some(found) = region.host_record(0) {
+                let n = u8::try_from(found.identity.ivposition).unwrap();
+                assert_eq!(found, record(n));
+                seen += 1;
+            }
+        }
+        writer.join().unwrap();
+    }
+}

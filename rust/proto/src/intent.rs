@@ -415,3 +415,6 @@ impl<M: Memory> Region<M> {
             .sum()
     }
 }
+
+#[cfg(test)]
+mod tests;

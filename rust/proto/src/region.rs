@@ -232,3 +232,6 @@ impl fmt::Display for RegionError {
 }
 
 impl core::error::Error for RegionError {}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -319,3 +319,88 @@ impl<M: Memory> Region<M> {
         self.slot_claim_offset(index) + SUMMARY + word * WORD
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::heap::HeapMemory;
+    use crate::layout::MIN_REGION;
+    use core::sync::atomic::Ordering;
+
+    fn region() -> Region<HeapMemory> {
+        Region::attach(HeapMemory::new(MIN_REGION), 1).unwrap()
+    }
+
+    #[test]
+    fn a_slot_goes_round_and_its_generation_up() {
+        let region = region();
+        assert_eq!(region.slot_state(4), SlotState::Free { generation: 0 });
+        let prover = Prover::Lock { boot: 0xdead_beef };
+        let first = region.claim_slot(4, prover).unwrap();
+        assert_eq!(first, SlotRef { index: 4, generation: 1 });
+        assert_eq!(region.claim_slot(4, prover), None);
+        assert_eq!(region.slot_state(4), SlotState::Live { at: first, prover });
+        assert_eq!(region.claimed().collect::<alloc::vec::Vec<_>>(), [(first, prover)]);
+        assert!(region.is_live(first) && region.unclaimed().all(|index| index != 4));
+        assert!(!region.free_slot(first));
+        assert!(region.mark_dead(first) && !region.mark_dead(first) && !region.is_live(first));
+        assert_eq!(region.slot_state(4), SlotState::Dead { at: first, prover });
+        assert_eq!(region.claim_slot(4, prover), None);
+        assert!(region.free_slot(first) && !region.free_slot(first));
+        let second = region.claim_slot(4, Prover::None).unwrap();
+        assert_eq!(second.generation, 2);
+        assert!(!region.mark_dead(first) && region.is_live(second));
+        assert!(!region.is_live(SlotRef { index: 999, generation: 1 }));
+    }
+
+    #[test]
+    fn the_generation_wraps_past_zero_and_words_are_as_documented() {
+        let region = region();
+        let last = (1u64 << 26) - 1;
+        region.memory().store(PAGE_OF_SLOTS, last << 38, Ordering::Relaxed);
+        let at = region.claim_slot(0, Prover::IvPosition(7)).unwrap();
+        assert_eq!(at.generation, 1);
+        let word = region.memory().load(PAGE_OF_SLOTS, Ordering::Relaxed);
+        assert_eq!(word, 1 << 38 | 2 << 34 | 1 << 32 | 7);
+    }
+
+    /// Slot 0 of any region.
+    const PAGE_OF_SLOTS: u64 = crate::layout::PAGE;
+
+    #[test]
+    fn provers_survive_the_word_and_unknown_ones_prove_nothing() {
+        let provers = [
+            Prover::None,
+            Prover::Lock { boot: u32::MAX },
+            Prover::IvPosition(u16::MAX),
+            Prover::Agent(1 << 31),
+            Prover::VfioExclusive(0),
+        ];
+        for prover in provers {
+            let (kind, id) = prover.encode();
+            assert_eq!(Prover::decode(kind, id), prover);
+        }
+        assert_eq!(Prover::decode(9, 1), Prover::None);
+        assert_eq!(Prover::decode(2, 1 << 16), Prover::None);
+        // A life that does not exist is not free.
+        assert!(!decode(0, 3 << LIFE_SHIFT).is_free());
+    }
+
+    #[test]
+    fn information_is_of_one_generation() {
+        let region = region();
+        let info =
+            SlotInfo { ivposition: 0, vectors: 8, eid: *b"EID                            !" };
+        let at = region.claim_slot(2, Prover::None).unwrap();
+        assert_eq!(region.slot_info(at), None);
+        region.set_slot_info(at, &info);
+        assert_eq!(region.slot_info(at), Some(info));
+        region.memory().store(region.summary_offset(2, 15), 1, Ordering::Relaxed);
+        region.reclaim(at);
+        assert_eq!(region.slot_info(at), None);
+        let next = region.claim_slot(2, Prover::None).unwrap();
+        assert_eq!(region.slot_info(next), None);
+        assert_eq!(region.memory().load(region.summary_offset(2, 15), Ordering::Relaxed), 0);
+        assert_eq!(region.summary_offset(3, 0) - region.summary_offset(2, 15), 256 - 15 * 8);
+    }
+}
