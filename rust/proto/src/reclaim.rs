@@ -113,3 +113,6 @@ impl<M: Memory> Region<M> {
             && matches!(self.slot_state(at.index), SlotState::Dead { at: found, .. } if found == at)
     }
 }
+
+#[cfg(test)]
+mod tests;
