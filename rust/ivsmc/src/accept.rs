@@ -19,8 +19,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use ivsmc_proto::clc::{AcceptConfirm, Device, Diagnosis, Eid, FirstContact, Message, Proposal};
+use ivsmc_proto::control::{READER_ABORTED, READER_CLOSED, WRITER_ABORTED, WRITER_CLOSED};
 use ivsmc_proto::dmb::Token;
 use ivsmc_proto::intent::{IntentRef, IntentState};
+use ivsmc_proto::ring::Consumer;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::{net, poll};
@@ -198,10 +200,9 @@ impl Handshake {
             End::Closed => None,
             End::Plain(fallback) => Some(self.acceptor.plain(conn, peer, fallback)),
             End::Shared { own, tx, client } => {
-                let attachment = Arc::clone(own.attachment());
                 let lease = self.acceptor.lease().clone();
                 // Without it, the client sees a connection that ended.
-                Session::smc(conn, attachment, tx, own, client, lease)
+                Session::smc(conn, tx, own, client, lease)
                     .ok()
                     .map(|session| Ok((session, peer)))
             }
@@ -459,11 +460,35 @@ impl Work {
         if !agreed {
             return Step::Over(End::Closed);
         }
-        match own.attachment().attach(Token(confirm.token), confirm.size_class, client) {
-            Ok(tx) => Step::Over(End::Shared { own, tx, client }),
-            Err(_) => Step::Over(End::Closed),
-        }
+        let attachment = own.attachment();
+        let attached = attachment
+            .attach(Token(confirm.token), confirm.size_class, client)
+            .ok()
+            .or_else(|| ring_of_the_gone(&own, client));
+        Step::Over(attached.map_or(End::Closed, |tx| End::Shared { own, tx, client }))
     }
+}
+
+/// The DMB of a client that has closed its session, or died, right after the Confirm: what it sent
+/// is to be read all the same. Its own DMB is gone; this one stands for it, says so, and is never
+/// read. `None` if the client is still there.
+fn ring_of_the_gone(own: &OwnDmb, client: SlotRef) -> Option<PeerDmb> {
+    let attachment = own.attachment();
+    let memory = attachment.memory();
+    // A client that closes sets its flags before it lets go of its DMB.
+    let flags = Consumer::new(own.place()).writer_flags(memory);
+    let says = if flags & WRITER_ABORTED != 0 {
+        READER_ABORTED
+    } else if flags & WRITER_CLOSED != 0 {
+        READER_CLOSED
+    } else if attachment.is_peer_alive(client) {
+        return None;
+    } else {
+        0
+    };
+    let stand_in = attachment.allocate(0, attachment.me()).ok()?;
+    Consumer::new(stand_in.place()).set_flags(memory, says);
+    attachment.attach(stand_in.token(), stand_in.size_class(), attachment.me()).ok()
 }
 
 fn listed(eids: &[Eid]) -> String {

@@ -307,9 +307,9 @@ impl<H: Host> Connecting<'_, H> {
         drop(intent);
         match exchanged {
             Ok(Exchanged::Shared(shared)) => {
-                let Shared { attachment, tx, own, server } = *shared;
+                let Shared { tx, own, server, .. } = *shared;
                 let lease = self.lease.clone();
-                Session::smc(conn, attachment, tx, own, server, lease).map(Outcome::Session)
+                Session::smc(conn, tx, own, server, lease).map(Outcome::Session)
             }
             Ok(Exchanged::Plain(fallback)) => Ok(Outcome::Plain(conn, fallback)),
             Ok(Exchanged::Failed(cause)) => {

@@ -7,6 +7,7 @@
 //! One sender and one receiver run in parallel: each direction has a lock of its own, held for
 //! the copy and never while waiting.
 
+mod ends;
 mod smc;
 mod tcp;
 
@@ -21,12 +22,12 @@ use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::{fork, net, poll};
 
-use self::smc::{misbehaved, Direction, Incoming, Link, Watched};
-use crate::attachment::{Attachment, OwnDmb, PeerDmb};
+use self::smc::{Direction, Incoming, Link, Watched};
+use crate::attachment::{OwnDmb, PeerDmb};
 use crate::fallback::Fallback;
 use crate::host::{Deadline, Host, Timeout};
 use crate::options::Options;
-use crate::reactor::lock;
+use crate::reactor::{lock, Reactor};
 use crate::readiness::Readiness;
 use crate::runtime::Lease;
 use crate::{Error, Result};
@@ -71,20 +72,21 @@ struct Inner {
     conn: Mutex<Option<Arc<Fd>>>,
     options: Options,
     path: Path,
-    lease: Lease,
+    /// Given up by `close`.
+    lease: Mutex<Option<Lease>>,
 }
 
 enum Path {
-    Tcp(Fallback),
+    Tcp(Fallback, tcp::Traffic),
     Smc(Box<Link>),
 }
 
 /// Counters of one session.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SessionStats {
-    /// Payload bytes sent through the ring.
+    /// Payload bytes sent.
     pub bytes_sent: u64,
-    /// Payload bytes received from the ring.
+    /// Payload bytes received.
     pub bytes_received: u64,
     /// Wake bytes sent to the peer.
     pub wakes_sent: u64,
@@ -112,8 +114,8 @@ impl Session {
                 state: AtomicU32::new(0),
                 conn: Mutex::new(Some(Arc::new(conn))),
                 options: Options::plain(),
-                path: Path::Tcp(fallback),
-                lease,
+                path: Path::Tcp(fallback, tcp::Traffic::default()),
+                lease: Mutex::new(Some(lease)),
             }),
         })
     }
@@ -121,7 +123,6 @@ impl Session {
     /// A session whose handshake is done: `tx` is the peer's DMB, `rx` our own.
     pub(crate) fn smc(
         conn: Fd,
-        attachment: Arc<Attachment>,
         tx: PeerDmb,
         rx: OwnDmb,
         peer: SlotRef,
@@ -130,17 +131,17 @@ impl Session {
         net::set_nonblocking(&conn, true)?;
         let options = Options::for_wakes(&conn)?;
         let conn = Arc::new(conn);
-        let link = Link::new(attachment, tx, rx, peer);
+        let link = Link::new(tx, rx, peer);
         let inner = Arc::new(Inner {
             generation: fork::generation(),
             state: AtomicU32::new(0),
             conn: Mutex::new(Some(Arc::clone(&conn))),
             options,
             path: Path::Smc(Box::new(link)),
-            lease,
+            lease: Mutex::new(Some(lease)),
         });
         let watched = Arc::new(Watched { inner: Arc::downgrade(&inner) });
-        let reactor = inner.lease.reactor();
+        let reactor = inner.reactor().ok_or(Error::Closed)?;
         let key = reactor.register(watched);
         if let Path::Smc(link) = &inner.path {
             let _ = link.key.set(key);
@@ -158,7 +159,7 @@ impl Session {
     /// Why it does not; `None` on shared memory.
     pub fn fallback(&self) -> Option<&Fallback> {
         match &self.inner.path {
-            Path::Tcp(fallback) => Some(fallback),
+            Path::Tcp(fallback, _) => Some(fallback),
             Path::Smc(_) => None,
         }
     }
@@ -211,7 +212,7 @@ impl Session {
         let inner = &*self.inner;
         inner.check()?;
         let link = match &inner.path {
-            Path::Tcp(_) => return inner.tcp_send(from, timeout, deadline(), host),
+            Path::Tcp(..) => return inner.tcp_send(from, timeout, deadline(), host),
             Path::Smc(link) => link,
         };
         let mut deadline = Some(deadline);
@@ -248,7 +249,7 @@ impl Session {
     ) -> Result<usize> {
         let inner = &*self.inner;
         inner.check()?;
-        if let Path::Tcp(_) = &inner.path {
+        if let Path::Tcp(..) = &inner.path {
             return inner.tcp_send_vectored(from, timeout, host);
         }
         let mut sent = 0;
@@ -285,13 +286,14 @@ impl Session {
     ) -> Result<usize> {
         let inner = &*self.inner;
         inner.check()?;
-        let link = match &inner.path {
-            Path::Tcp(_) => return inner.tcp_recv(into, flags, timeout, host),
-            Path::Smc(link) => link,
-        };
         if into.is_empty() {
+            // The kernel would wait for a byte that does not fit.
             return Ok(0);
         }
+        let link = match &inner.path {
+            Path::Tcp(..) => return inner.tcp_recv(into, flags, timeout, host),
+            Path::Smc(link) => link,
+        };
         let deadline = std::cell::OnceCell::new();
         let mut got = 0;
         loop {
@@ -345,7 +347,7 @@ impl Session {
                 let rx = rx.as_mut().ok_or(Error::Closed)?;
                 match inner.incoming(link, rx)? {
                     Incoming::Data => {
-                        let n = rx.ring.available(inner.memory(link)).map_err(misbehaved)?;
+                        let n = rx.available()?;
                         return Ok(usize::try_from(n).unwrap_or(usize::MAX));
                     }
                     Incoming::End => return Ok(0),
@@ -368,7 +370,7 @@ impl Session {
         self.inner.check()?;
         match &self.inner.path {
             Path::Smc(link) => self.inner.try_recv(link, into, peek),
-            Path::Tcp(_) => Err(Error::ApiMisuse("try_recv is for shared memory".into())),
+            Path::Tcp(..) => Err(Error::ApiMisuse("try_recv is for shared memory".into())),
         }
     }
 
@@ -380,7 +382,7 @@ impl Session {
         let inner = &*self.inner;
         inner.check()?;
         match &inner.path {
-            Path::Tcp(_) => Ok(net::shutdown(&*inner.conn()?, how)?),
+            Path::Tcp(..) => Ok(net::shutdown(&*inner.conn()?, how)?),
             Path::Smc(link) => inner.shutdown_link(link, how),
         }
     }
@@ -412,7 +414,8 @@ impl Session {
         drop(readiness);
         link.armed.store(true, Ordering::SeqCst);
         if let Some(&key) = link.key.get() {
-            inner.lease.reactor().rewatch(key, &*conn, poll::IN | poll::RDHUP | poll::ET)?;
+            let reactor = inner.reactor().ok_or(Error::Closed)?;
+            reactor.rewatch(key, &*conn, poll::IN | poll::RDHUP | poll::ET)?;
         }
         inner.settle(link);
         Ok(descriptor)
@@ -454,10 +457,10 @@ impl Session {
         self.inner.options.set(&*self.inner.conn()?, level, name, value)
     }
 
-    /// What this session did so far; all zero on TCP.
+    /// What this session did so far; on TCP only the bytes.
     pub fn stats(&self) -> SessionStats {
         match &self.inner.path {
-            Path::Tcp(_) => SessionStats::default(),
+            Path::Tcp(_, traffic) => traffic.stats(),
             Path::Smc(link) => link.stats(fork::is_current(self.inner.generation)),
         }
     }
@@ -481,6 +484,11 @@ impl Inner {
         Ok(())
     }
 
+    /// The background thread; `None` once closed.
+    fn reactor(&self) -> Option<Arc<Reactor>> {
+        lock(&self.lease).as_ref().map(|lease| Arc::clone(lease.reactor()))
+    }
+
     fn conn(&self) -> Result<Arc<Fd>> {
         lock(&self.conn).clone().ok_or(Error::Closed)
     }
@@ -501,6 +509,8 @@ impl Inner {
                 let _ = net::shutdown(&*conn, Shutdown::Both);
             }
         }
+        let lease = lock(&self.lease).take();
+        drop(lease);
     }
 }
 

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::address;
-use crate::connect::require;
+use crate::connect::{buffer, require};
 use crate::errors;
 use crate::gil::{timeout, Gil};
 use crate::stream::{get_option, set_option, Handle};
@@ -29,15 +29,18 @@ impl Acceptor {
     fn new(
         py: Python<'_>,
         fd: RawFd,
-        backlog: u32,
+        backlog: i64,
         shared: bool,
         device: Option<String>,
         require: Option<&str>,
-        buffer: Option<u32>,
+        buffer: Option<i64>,
     ) -> PyResult<Self> {
         // First of all: it is ours to close from now on, whatever follows.
         let fd = Fd::adopt(fd)?;
         let require = self::require(require)?;
+        let buffer = self::buffer(buffer)?;
+        // As the kernel does: it takes any number, and less than one is one.
+        let backlog = u32::try_from(backlog.max(1)).unwrap_or(u32::MAX);
         let options =
             ListenOptions { backlog, shared, device, require, buffer, ..ListenOptions::default() };
         let listener = py

@@ -21,7 +21,7 @@ pub(crate) fn connect(
     source: Option<&Bound<'_, PyTuple>>,
     device: Option<String>,
     require: Option<&str>,
-    buffer: Option<u32>,
+    buffer: Option<i64>,
 ) -> PyResult<Handle> {
     let address = address::from_tuple(family, address)?;
     let options = ConnectOptions {
@@ -29,7 +29,7 @@ pub(crate) fn connect(
         source: source.map(|source| address::from_tuple(family, source)).transpose()?,
         device,
         require: self::require(require)?,
-        buffer,
+        buffer: self::buffer(buffer)?,
         eid: None,
     };
     let gil = Gil::new(py);
@@ -45,5 +45,16 @@ pub(crate) fn require(require: Option<&str>) -> PyResult<Require> {
         Some(other) => {
             Err(PyValueError::new_err(format!("require must be None or \"smc\", not {other:?}")))
         }
+    }
+}
+
+/// Bytes of the receive ring, at least 1; more than there is gives the largest.
+pub(crate) fn buffer(buffer: Option<i64>) -> PyResult<Option<u32>> {
+    match buffer {
+        Some(bytes) if bytes < 1 => {
+            Err(PyValueError::new_err(format!("buffer must be at least 1 byte, not {bytes}")))
+        }
+        Some(bytes) => Ok(Some(u32::try_from(bytes).unwrap_or(u32::MAX))),
+        None => Ok(None),
     }
 }

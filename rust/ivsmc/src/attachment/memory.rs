@@ -8,6 +8,7 @@ use ivsmc_proto::allocator::Allocator;
 use ivsmc_proto::dmb::{DmbError, Place, Release, Token};
 use ivsmc_proto::layout::Geometry;
 use ivsmc_proto::slot::SlotRef;
+use ivsmc_shm::mapping::Mapping;
 
 use super::{Attachment, AttachmentStats};
 use crate::device::{self, Backing};
@@ -255,6 +256,12 @@ impl OwnDmb {
         self.place
     }
 
+    /// The memory it lies in.
+    #[inline]
+    pub(crate) fn memory(&self) -> &Mapping {
+        self.attachment.memory()
+    }
+
     pub(crate) fn attachment(&self) -> &Arc<Attachment> {
         &self.attachment
     }
@@ -280,6 +287,12 @@ pub(crate) struct PeerDmb {
 impl PeerDmb {
     pub(crate) fn place(&self) -> Place {
         self.place
+    }
+
+    /// The memory it lies in.
+    #[inline]
+    pub(crate) fn memory(&self) -> &Mapping {
+        self.attachment.memory()
     }
 }
 

@@ -10,15 +10,14 @@ use ivsmc_proto::control::{
     DONE_WRITING, READER_ABORTED, READER_CLOSED, WRITER_ABORTED, WRITER_CLOSED,
 };
 use ivsmc_proto::frame::WAKE;
-use ivsmc_proto::ring::{Consumer, PeerMisbehaved, Producer};
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
-use ivsmc_shm::mapping::Mapping;
 use ivsmc_shm::net::{self, MSG_DONTWAIT};
 use ivsmc_shm::poll;
 
+use super::ends::{Rx, Tx};
 use super::{Inner, Path, SessionStats, CLOSED, ENDED, RECV_SHUT, SEND_SHUT};
-use crate::attachment::{Attachment, OwnDmb, PeerDmb};
+use crate::attachment::{OwnDmb, PeerDmb};
 use crate::host::{Deadline, Host};
 use crate::reactor::{lock, Key, Reactor, Source};
 use crate::readiness::Readiness;
@@ -37,7 +36,8 @@ const DEATH_TRIES: u32 = 9;
 
 /// The shared-memory part of a session.
 pub(super) struct Link {
-    pub(super) attachment: Arc<Attachment>,
+    /// The spec of the device.
+    device: String,
     pub(super) peer: SlotRef,
     pub(super) tx: Mutex<Option<Tx>>,
     pub(super) rx: Mutex<Option<Rx>>,
@@ -54,25 +54,13 @@ pub(super) struct Link {
     traffic: Mutex<(u64, u64)>,
 }
 
-pub(super) struct Tx {
-    pub(super) ring: Producer,
-    sent: u64,
-    _dmb: PeerDmb,
-}
-
-pub(super) struct Rx {
-    pub(super) ring: Consumer,
-    received: u64,
-    _dmb: OwnDmb,
-}
-
 impl Link {
-    pub(super) fn new(attachment: Arc<Attachment>, tx: PeerDmb, rx: OwnDmb, peer: SlotRef) -> Self {
+    pub(super) fn new(tx: PeerDmb, rx: OwnDmb, peer: SlotRef) -> Self {
         Self {
-            attachment,
+            device: rx.attachment().spec().to_owned(),
             peer,
-            tx: Mutex::new(Some(Tx { ring: Producer::new(tx.place()), sent: 0, _dmb: tx })),
-            rx: Mutex::new(Some(Rx { ring: Consumer::new(rx.place()), received: 0, _dmb: rx })),
+            tx: Mutex::new(Some(Tx::new(tx))),
+            rx: Mutex::new(Some(Rx::new(rx))),
             sleeper: Sleeper::default(),
             reset_told: AtomicBool::new(false),
             armed: AtomicBool::new(false),
@@ -88,13 +76,12 @@ impl Link {
     /// The connection ended: if the peer did not close, it may be dead, and what it held is to
     /// be given back. The kernel ends its connections before its locks, so ask more than once.
     fn look_after_the_dead(&self, reactor: &Arc<Reactor>) {
-        let flags = lock(&self.rx)
-            .as_ref()
-            .map_or(0, |rx| rx.ring.writer_flags(self.attachment.memory()));
-        if flags & (WRITER_CLOSED | WRITER_ABORTED) != 0 {
-            return;
-        }
-        let attachment = Arc::downgrade(&self.attachment);
+        let attachment = match lock(&self.rx).as_ref() {
+            Some(rx) if rx.writer_flags() & (WRITER_CLOSED | WRITER_ABORTED) == 0 => {
+                Arc::downgrade(rx.dmb().attachment())
+            }
+            _ => return,
+        };
         let peer = self.peer;
         let mut tries = 0;
         retry(reactor, Duration::from_millis(1), move || {
@@ -119,7 +106,7 @@ impl Link {
             wakes_sent: self.wakes_sent.load(Ordering::Relaxed),
             wakes_received: self.wakes_received.load(Ordering::Relaxed),
             sleeps: self.sleeps.load(Ordering::Relaxed),
-            device: Some(self.attachment.spec().to_string()),
+            device: Some(self.device.clone()),
             peer: Some(self.peer),
             ..SessionStats::default()
         };
@@ -129,11 +116,11 @@ impl Link {
         (stats.bytes_sent, stats.bytes_received) = *lock(&self.traffic);
         if let Some(tx) = lock(&self.tx).as_ref() {
             stats.bytes_sent = tx.sent;
-            stats.send_buffer = tx.ring.place().capacity;
+            stats.send_buffer = tx.capacity();
         }
         if let Some(rx) = lock(&self.rx).as_ref() {
             stats.bytes_received = rx.received;
-            stats.receive_buffer = rx.ring.place().capacity;
+            stats.receive_buffer = rx.capacity();
         }
         stats
     }
@@ -154,27 +141,21 @@ pub(super) enum Incoming {
 }
 
 impl Inner {
-    #[inline]
-    pub(super) fn memory<'a>(&self, link: &'a Link) -> &'a Mapping {
-        link.attachment.memory()
-    }
-
     /// Copies what fits; 0 if there is no room.
     pub(super) fn try_send(&self, link: &Link, from: &[u8]) -> Result<usize> {
         let mut guard = lock(&link.tx);
         let tx = guard.as_mut().ok_or(Error::Closed)?;
-        let memory = self.memory(link);
         if self.state.load(Ordering::Acquire) != 0 {
             self.may_send(link, tx)?;
         }
         let mut sent = 0;
         for part in from.chunks(PART) {
-            let n = tx.ring.write(memory, part).map_err(misbehaved)?;
+            let n = tx.write(part)?;
             if n == 0 {
                 break;
             }
             sent += n;
-            if tx.ring.take_reader_wait(memory) {
+            if tx.take_reader_wait() {
                 self.notify(link);
             }
             if n < part.len() {
@@ -201,7 +182,7 @@ impl Inner {
         if state & SEND_SHUT != 0 {
             return Err(Error::BrokenPipe);
         }
-        let flags = tx.ring.reader_flags(self.memory(link));
+        let flags = tx.reader_flags();
         if flags & READER_ABORTED != 0 || (state & ENDED != 0 && flags & READER_CLOSED == 0) {
             return Err(self.reset(link));
         }
@@ -228,7 +209,6 @@ impl Inner {
     ) -> Result<Option<usize>> {
         let mut guard = lock(&link.rx);
         let rx = guard.as_mut().ok_or(Error::Closed)?;
-        let memory = self.memory(link);
         match self.incoming(link, rx)? {
             Incoming::Data => {}
             Incoming::End => return Ok(Some(0)),
@@ -239,13 +219,13 @@ impl Inner {
             }
         }
         if peek {
-            return Ok(Some(rx.ring.peek(memory, 0, into).map_err(misbehaved)?));
+            return Ok(Some(rx.peek(into)?));
         }
         let mut got = 0;
         for part in into.chunks_mut(PART) {
-            let n = rx.ring.read(memory, part).map_err(misbehaved)?;
+            let n = rx.read(part)?;
             got += n;
-            if n > 0 && rx.ring.take_writer_wait(memory) {
+            if n > 0 && rx.take_writer_wait() {
                 self.notify(link);
             }
             if n < part.len() {
@@ -261,19 +241,18 @@ impl Inner {
     /// What there is to receive, judged in the order that loses nothing.
     #[inline]
     pub(super) fn incoming(&self, link: &Link, rx: &mut Rx) -> Result<Incoming> {
-        let memory = self.memory(link);
-        if rx.ring.available(memory).map_err(misbehaved)? > 0 {
+        if rx.available()? > 0 {
             return Ok(Incoming::Data);
         }
         // The connection's end comes after the flags, the flags after the data: look in the
         // other order, so that what is seen last was there at least when the first was seen.
         let state = self.state.load(Ordering::Acquire);
-        let flags = rx.ring.writer_flags(memory);
+        let flags = rx.writer_flags();
         let over = flags & (DONE_WRITING | WRITER_CLOSED | WRITER_ABORTED) != 0;
         if !over && state & (ENDED | RECV_SHUT | CLOSED) == 0 {
             return Ok(Incoming::Nothing);
         }
-        if rx.ring.available(memory).map_err(misbehaved)? > 0 {
+        if rx.available()? > 0 {
             return Ok(Incoming::Data);
         }
         if state & CLOSED != 0 {
@@ -294,38 +273,36 @@ impl Inner {
         if self.state.load(Ordering::Acquire) & (CLOSED | ENDED) != 0 {
             return true;
         }
-        let memory = self.memory(link);
         match direction {
             Direction::Receive => {
                 let mut rx = lock(&link.rx);
                 let Some(rx) = rx.as_mut() else { return true };
                 self.state.load(Ordering::Acquire) & RECV_SHUT != 0
-                    || !matches!(rx.ring.available(memory), Ok(0))
-                    || rx.ring.writer_flags(memory) != 0
+                    || !matches!(rx.available(), Ok(0))
+                    || rx.writer_flags() != 0
             }
             Direction::Send { .. } => {
                 let mut tx = lock(&link.tx);
                 let Some(tx) = tx.as_mut() else { return true };
                 self.state.load(Ordering::Acquire) & SEND_SHUT != 0
-                    || !matches!(tx.ring.room(memory), Ok(0))
-                    || tx.ring.reader_flags(memory) != 0
+                    || !matches!(tx.room(), Ok(0))
+                    || tx.reader_flags() != 0
             }
         }
     }
 
     /// As [`Inner::concerns`], and sets the wait flag before it says no.
     pub(super) fn arm(&self, link: &Link, direction: Direction) -> Result<bool> {
-        let memory = self.memory(link);
         let there = match direction {
             Direction::Receive => {
                 let mut rx = lock(&link.rx);
                 let rx = rx.as_mut().ok_or(Error::Closed)?;
-                rx.ring.want_data(memory, 1).map_err(misbehaved)?
+                rx.want_data()?
             }
             Direction::Send { bytes } => {
                 let mut tx = lock(&link.tx);
                 let tx = tx.as_mut().ok_or(Error::Closed)?;
-                tx.ring.want_room(memory, bytes).map_err(misbehaved)?
+                tx.want_room(bytes)?
             }
         };
         Ok(there || self.concerns(link, direction))
@@ -340,9 +317,8 @@ impl Inner {
             self.state.fetch_or(SEND_SHUT, Ordering::AcqRel);
             let mut tx = lock(&link.tx);
             let tx = tx.as_mut().ok_or(Error::Closed)?;
-            let memory = self.memory(link);
-            tx.ring.set_flags(memory, DONE_WRITING);
-            if tx.ring.take_reader_wait(memory) {
+            tx.set_flags(DONE_WRITING);
+            if tx.take_reader_wait() {
                 self.notify(link);
             }
         }
@@ -356,16 +332,15 @@ impl Inner {
 
     /// Takes the wait flag back: the thread that set it is awake.
     pub(super) fn disarm(&self, link: &Link, direction: Direction) {
-        let memory = self.memory(link);
         match direction {
             Direction::Receive => {
                 if let Some(rx) = lock(&link.rx).as_mut() {
-                    rx.ring.clear_wait(memory);
+                    rx.clear_wait();
                 }
             }
             Direction::Send { .. } => {
                 if let Some(tx) = lock(&link.tx).as_mut() {
-                    tx.ring.clear_wait(memory);
+                    tx.clear_wait();
                 }
             }
         }
@@ -448,7 +423,7 @@ impl Inner {
             }
         }
         let state = self.state.load(Ordering::Acquire);
-        let flags = lock(&link.rx).as_ref().map_or(0, |rx| rx.ring.writer_flags(self.memory(link)));
+        let flags = lock(&link.rx).as_ref().map_or(0, |rx| rx.writer_flags());
         if state & ENDED != 0 || flags != 0 {
             readiness.end_reading();
         }
@@ -460,33 +435,32 @@ impl Inner {
     }
 
     pub(super) fn close_link(&self, link: &Link, conn: Option<&Fd>) {
-        let memory = self.memory(link);
         let mut rx = lock(&link.rx).take();
         let tx = lock(&link.tx).take();
-        let unread =
-            rx.as_mut().is_some_and(|rx| rx.ring.available(memory).is_ok_and(|unread| unread > 0));
+        let unread = rx.as_mut().is_some_and(|rx| rx.available().is_ok_and(|unread| unread > 0));
         let abort = unread || self.options.aborts();
         *lock(&link.traffic) =
             (tx.as_ref().map_or(0, |tx| tx.sent), rx.as_ref().map_or(0, |rx| rx.received));
         let mut wake = false;
         if let Some(rx) = rx.as_mut() {
-            rx.ring.set_flags(memory, if abort { READER_ABORTED } else { READER_CLOSED });
-            wake |= rx.ring.take_writer_wait(memory);
+            rx.set_flags(if abort { READER_ABORTED } else { READER_CLOSED });
+            wake |= rx.take_writer_wait();
         }
         if let Some(tx) = tx {
             let flags = if abort { WRITER_ABORTED } else { DONE_WRITING | WRITER_CLOSED };
-            tx.ring.set_flags(memory, flags);
-            wake |= tx.ring.take_reader_wait(memory);
+            tx.set_flags(flags);
+            wake |= tx.take_reader_wait();
         }
         if let (true, Some(conn)) = (wake, conn) {
             let _ = net::send(conn, &[WAKE], MSG_DONTWAIT);
         }
         if let Some(&key) = link.key.get() {
-            let reactor = self.lease.reactor();
-            if let Some(conn) = conn {
-                reactor.unwatch(conn);
+            if let Some(reactor) = self.reactor() {
+                if let Some(conn) = conn {
+                    reactor.unwatch(conn);
+                }
+                reactor.forget(key);
             }
-            reactor.forget(key);
         }
         link.sleeper.wake_all();
         if link.armed.load(Ordering::Relaxed) {
@@ -509,7 +483,9 @@ impl Source for Watched {
             link.sleeper.wake_all();
             inner.settle(link);
             if before & ENDED == 0 {
-                link.look_after_the_dead(inner.lease.reactor());
+                if let Some(reactor) = inner.reactor() {
+                    link.look_after_the_dead(&reactor);
+                }
             }
         }
         if events & poll::IN != 0 {
@@ -518,8 +494,4 @@ impl Source for Watched {
             }
         }
     }
-}
-
-pub(super) fn misbehaved(error: PeerMisbehaved) -> Error {
-    Error::PeerMisbehaved(error.to_string())
 }

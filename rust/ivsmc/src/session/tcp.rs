@@ -2,15 +2,32 @@
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, MSG_DONTWAIT};
 use ivsmc_shm::poll::{self, PollFd};
 
-use super::{Inner, RecvFlags, CLOSED};
+use super::{Inner, Path, RecvFlags, SessionStats, CLOSED};
 use crate::host::{Deadline, Host, Timeout};
 use crate::{Error, Result};
+
+/// Payload bytes so far.
+#[derive(Default)]
+pub(super) struct Traffic {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Traffic {
+    pub(super) fn stats(&self) -> SessionStats {
+        SessionStats {
+            bytes_sent: self.sent.load(Ordering::Relaxed),
+            bytes_received: self.received.load(Ordering::Relaxed),
+            ..SessionStats::default()
+        }
+    }
+}
 
 impl Inner {
     pub(super) fn tcp_send(
@@ -21,7 +38,11 @@ impl Inner {
         host: &impl Host,
     ) -> Result<usize> {
         let conn = self.conn()?;
-        self.tcp(&conn, poll::OUT, timeout, deadline, host, |flags| net::send(&*conn, from, flags))
+        let sent = self.tcp(&conn, poll::OUT, timeout, deadline, host, |flags| {
+            net::send(&*conn, from, flags)
+        })?;
+        self.count(sent, 0);
+        Ok(sent)
     }
 
     pub(super) fn tcp_send_vectored(
@@ -31,9 +52,11 @@ impl Inner {
         host: &impl Host,
     ) -> Result<usize> {
         let conn = self.conn()?;
-        self.tcp(&conn, poll::OUT, timeout, timeout.deadline(), host, |flags| {
+        let sent = self.tcp(&conn, poll::OUT, timeout, timeout.deadline(), host, |flags| {
             net::send_vectored(&*conn, from, flags)
-        })
+        })?;
+        self.count(sent, 0);
+        Ok(sent)
     }
 
     pub(super) fn tcp_recv(
@@ -51,9 +74,19 @@ impl Inner {
         if flags.wait_all {
             extra |= net::MSG_WAITALL;
         }
-        self.tcp(&conn, poll::IN, timeout, timeout.deadline(), host, |flags| {
+        let peek = flags.peek;
+        let got = self.tcp(&conn, poll::IN, timeout, timeout.deadline(), host, |flags| {
             net::recv(&*conn, into, flags | extra)
-        })
+        })?;
+        self.count(0, if peek { 0 } else { got });
+        Ok(got)
+    }
+
+    fn count(&self, sent: usize, received: usize) {
+        if let Path::Tcp(_, traffic) = &self.path {
+            traffic.sent.fetch_add(sent as u64, Ordering::Relaxed);
+            traffic.received.fetch_add(received as u64, Ordering::Relaxed);
+        }
     }
 
     /// One call on the TCP connection, as a plain socket does it.
