@@ -97,7 +97,12 @@ pub fn connect(address: SocketAddr, options: &ConnectOptions, host: &impl Host) 
     let fallback = match connecting.candidates()? {
         Ok(candidates) => match connecting.through(&candidates)? {
             Outcome::Session(session) => return Ok(session),
-            Outcome::Plain(conn, fallback) => return connecting.fall_back(fallback, || Ok(conn)),
+            Outcome::Plain(conn, fallback) => {
+                return connecting.fall_back(fallback, || {
+                    net::set_nonblocking(&conn, false)?;
+                    Ok(conn)
+                });
+            }
             Outcome::Nothing(fallback) => fallback,
         },
         Err(fallback) => fallback,
@@ -307,7 +312,7 @@ impl<H: Host> Connecting<'_, H> {
         drop(intent);
         match exchanged {
             Ok(Exchanged::Shared(shared)) => {
-                let Shared { tx, own, server, .. } = *shared;
+                let Shared { tx, own, server } = *shared;
                 let lease = self.lease.clone();
                 Session::smc(conn, tx, own, server, lease).map(Outcome::Session)
             }
@@ -389,7 +394,7 @@ impl<H: Host> Connecting<'_, H> {
             return Ok(Exchanged::Failed("the Confirm could not be sent".into()));
         }
         let attachment = Arc::clone(attachment);
-        Ok(Exchanged::Shared(Box::new(Shared { attachment, tx, own, server })))
+        Ok(Exchanged::Shared(Box::new(Shared { tx, own, server })))
     }
 
     /// Waits for one message, until `until`; else what went wrong.
@@ -445,7 +450,8 @@ impl<H: Host> Connecting<'_, H> {
         if let Some(source) = &self.options.source {
             net::bind(&conn, source)?;
         }
-        if self.deadline != Deadline::Never {
+        let waits = self.deadline != Deadline::Never;
+        if waits {
             net::set_nonblocking(&conn, true)?;
         }
         let to = self.address;
@@ -456,6 +462,9 @@ impl<H: Host> Connecting<'_, H> {
             }
         }
         self.finish_connect(&conn, begun)?;
+        if waits {
+            net::set_nonblocking(&conn, false)?;
+        }
         Ok(conn)
     }
 
@@ -494,7 +503,6 @@ enum Exchanged {
 }
 
 struct Shared {
-    attachment: Arc<Attachment>,
     tx: crate::attachment::PeerDmb,
     own: crate::attachment::OwnDmb,
     server: SlotRef,
