@@ -386,3 +386,6 @@ impl<M: Memory> Region<M> {
         self.replace(at, current, new)
     }
 }
+
+#[cfg(test)]
+mod tests;
