@@ -7,10 +7,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use ivsmc_shm::futex;
 use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
 
 use crate::Result;
@@ -39,6 +40,9 @@ pub(crate) enum Need {
 
 const WAKE: u64 = 0;
 
+/// The longest [`Reactor::flush`] waits.
+const FLUSH: Duration = Duration::from_secs(1);
+
 /// The shared side of the background thread.
 pub(crate) struct Reactor {
     epoll: Epoll,
@@ -47,6 +51,10 @@ pub(crate) struct Reactor {
     sources: Mutex<HashMap<Key, Arc<dyn Source>>>,
     timers: Mutex<BTreeSet<(Instant, Key)>>,
     linger: Mutex<Option<Instant>>,
+    /// Times the background thread has been through its loop.
+    turns: AtomicU32,
+    /// Threads inside [`Reactor::flush`].
+    flushing: AtomicU32,
 }
 
 impl Reactor {
@@ -61,6 +69,8 @@ impl Reactor {
             sources: Mutex::default(),
             timers: Mutex::default(),
             linger: Mutex::default(),
+            turns: AtomicU32::new(0),
+            flushing: AtomicU32::new(0),
         })
     }
 
@@ -121,10 +131,35 @@ impl Reactor {
         let _ = self.wake.notify();
     }
 
+    /// Waits until the background thread is done with what it does now, a moment at most; not
+    /// to be called by it.
+    pub(crate) fn flush(&self) {
+        self.flushing.fetch_add(1, Ordering::SeqCst);
+        let before = self.turns.load(Ordering::SeqCst);
+        let end = Instant::now() + FLUSH;
+        loop {
+            let now = self.turns.load(Ordering::SeqCst);
+            let left = end.saturating_duration_since(Instant::now());
+            // The turn that is under way may have looked already; the one after it has not.
+            if now.wrapping_sub(before) >= 2 || left.is_zero() {
+                break;
+            }
+            self.wake();
+            // Whatever ends the wait: look again.
+            let _ = futex::wait(&self.turns, now, Some(left));
+        }
+        self.flushing.fetch_sub(1, Ordering::SeqCst);
+    }
+
     /// Serves until `need` says [`Need::Gone`].
     pub(crate) fn run(&self, need: impl Fn() -> Need) {
         let mut events = [EpollEvent::default(); 64];
         loop {
+            // SeqCst, as in `flush`: either it sees the new turn or we see it waiting.
+            self.turns.fetch_add(1, Ordering::SeqCst);
+            if self.flushing.load(Ordering::SeqCst) > 0 {
+                futex::wake(&self.turns, u32::MAX);
+            }
             let gone = {
                 let mut linger = lock(&self.linger);
                 let need = need();

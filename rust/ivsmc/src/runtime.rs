@@ -89,6 +89,14 @@ impl Runtime {
     ///
     /// Returns whether everything is released.
     pub(crate) fn release_unused(&self) -> bool {
+        let busy = {
+            let state = lock(&self.state);
+            (state.leases > 0).then(|| state.reactor.clone()).flatten()
+        };
+        if let Some(reactor) = busy {
+            // What was closed just now may still be in the background thread's hands.
+            reactor.flush();
+        }
         let (reactor, thread) = {
             let mut state = lock(&self.state);
             if state.leases > 0 {

@@ -78,6 +78,10 @@ impl Inner {
         let got = self.tcp(&conn, poll::IN, timeout, timeout.deadline(), host, |flags| {
             net::recv(&*conn, into, flags | extra)
         })?;
+        if got == 0 && self.state.load(Ordering::Relaxed) & CLOSED != 0 {
+            // Not the peer's end of the stream: this end was closed meanwhile.
+            return Err(Error::Closed);
+        }
         self.count(0, if peek { 0 } else { got });
         Ok(got)
     }
