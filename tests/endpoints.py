@@ -5,7 +5,7 @@ from typing import Protocol, TypeAlias
 
 import ivsmc
 
-Endpoint: TypeAlias = "ivsmc.Session | socket.socket"
+Endpoint: TypeAlias = ivsmc.Session | socket.socket
 LOOPBACK = ("127.0.0.1", 0)
 
 

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,13 +30,14 @@ def expected_way(device: str) -> str:
 
 
 class Netcat:
-    """``ivsmc nc`` with the ends of its pipes."""
+    """``ivsmc nc`` that prints into a file: a pipe nobody reads would stop it."""
 
     def __init__(self, *arguments: str, stdin: int | IO[bytes] = subprocess.PIPE) -> None:
+        self._out = tempfile.TemporaryFile()  # noqa: SIM115 - closed by finish
         self.process = subprocess.Popen(
             [*IVSMC, "nc", *arguments],
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=self._out,
             stderr=subprocess.PIPE,
         )
 
@@ -46,9 +48,11 @@ class Netcat:
 
     def finish(self, send: bytes | None = None) -> tuple[bytes, str]:
         """Give it ``send`` and the end of input; return what it printed."""
-        out, err = self.process.communicate(send)
+        _, err = self.process.communicate(send)
         assert self.process.returncode == 0, err
-        return out, err.decode()
+        with self._out as file:
+            file.seek(0)
+            return file.read(), err.decode()
 
 
 def test_nc_from_file_to_file(device: str, free_port: int, tmp_path: Path) -> None:

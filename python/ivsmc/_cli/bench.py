@@ -7,19 +7,16 @@ import json
 import os
 import statistics
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ivsmc
 from ivsmc._cli import measure
-from ivsmc._cli.arguments import add_transport_options, bounded, size
-
-if TYPE_CHECKING:
-    from ivsmc._cli.arguments import Commands
+from ivsmc._cli.arguments import Commands, add_transport_options, bounded, size
 
 _LABELS = {"ivsmc": "ivsmc", "tcp": "TCP loopback", "unix": "AF_UNIX stream"}
 
 
-def add_parser(commands: "Commands") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "bench",

@@ -2,15 +2,12 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING
 
 import ivsmc
-
-if TYPE_CHECKING:
-    from ivsmc._cli.arguments import Commands
+from ivsmc._cli.arguments import Commands
 
 
-def add_parser(commands: "Commands") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser("devices", help="list the devices found and what they are worth")
     parser.add_argument("--json", action="store_true", help="print a JSON list")

@@ -27,7 +27,7 @@ import ivsmc
 
 __all__ = ["TRANSPORTS", "Peer", "Plan", "check", "cores", "round_trips", "throughput"]
 
-Stream: TypeAlias = "ivsmc.Session | socket.socket"
+Stream: TypeAlias = ivsmc.Session | socket.socket
 
 TRANSPORTS = ("ivsmc", "tcp", "unix")
 """ivsmc on its device, TCP on the loopback interface, an AF_UNIX stream socket."""

@@ -5,19 +5,15 @@ import os
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING
 
 import ivsmc
-from ivsmc._cli.arguments import add_transport_options, bounded
-
-if TYPE_CHECKING:
-    from ivsmc._cli.arguments import Commands
+from ivsmc._cli.arguments import Commands, add_transport_options, bounded
 
 _BLOCK = 256 * 1024
 """Bytes moved at a time."""
 
 
-def add_parser(commands: "Commands") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "nc",

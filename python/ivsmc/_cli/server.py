@@ -5,20 +5,16 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import ivsmc
-from ivsmc._cli.arguments import bounded, size
-
-if TYPE_CHECKING:
-    from ivsmc._cli.arguments import Commands
+from ivsmc._cli.arguments import Commands, bounded, size
 
 _DEFAULT_SOCKET = "/run/ivsmc/ivs0.sock"
 _POLL_SECONDS = 60.0
 """Signals end a poll at once; this bounds one whose signal came just before it."""
 
 
-def add_parser(commands: "Commands") -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "server",
