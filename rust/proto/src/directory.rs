@@ -1,7 +1,9 @@
 //! The listener directory: who accepts connections, where.
 //!
 //! Entries are words in one dense array, so that a lookup, which is part of each connect, is a
-//! scan of words that differ in the port; their details are looked at only where it agrees.
+//! scan of words that differ in the port; their details are looked at only where it agrees. The
+//! lowest free entry is taken, and the *directory bound* says how many from the first may ever
+//! have been in use: a lookup ends there.
 //!
 //! ```text
 //!   word     state 2 | port 16 | slot 12 | generation (low) 16 | sequence 18
@@ -13,7 +15,7 @@
 //! that whoever read details between two equal looks at the word read those of one listener.
 
 use crate::host::{Endpoint, HostRecord, Ip};
-use crate::layout::WORD;
+use crate::layout::{DIRECTORY_BOUND, WORD};
 use crate::memory::Memory;
 use crate::region::Region;
 use crate::slot::{SlotRef, SlotState};
@@ -143,10 +145,24 @@ impl<M: Memory> Region<M> {
             self.set_word(detail + KIND, u64::from(owner.generation) << KIND_BITS | kind);
             self.set_word(detail + ADDRESS, address[0]);
             self.set_word(detail + ADDRESS + WORD, address[1]);
+            self.raise_directory_bound(index + 1);
             let word = LISTENING << STATE_SHIFT | identity;
             return self.replace(at, writing, word).then_some(ListenerEntry { index, word });
         }
         None
+    }
+
+    /// Makes lookups go through the first `entries` entries at least.
+    fn raise_directory_bound(&self, entries: u32) {
+        let wanted = u64::from(entries);
+        let mut bound = self.word(DIRECTORY_BOUND);
+        while bound < wanted {
+            // Release: pairs with the Acquire in `find_listener`.
+            match self.memory().compare_exchange(DIRECTORY_BOUND, bound, wanted) {
+                Ok(_) => return,
+                Err(found) => bound = found,
+            }
+        }
     }
 
     /// Takes a listener out. Whether it was still there.
@@ -168,7 +184,9 @@ impl<M: Memory> Region<M> {
         let local = ip.is_loopback() || me.addresses().contains(&ip);
         let wanted = LISTENING << (STATE_SHIFT - PORT_SHIFT) | u64::from(dest.port);
         let words = self.geometry().directory_word(0);
-        for index in 0..self.geometry().directory_entries() {
+        let entries = self.geometry().directory_entries();
+        let used = u32::try_from(self.word(DIRECTORY_BOUND)).map_or(entries, |n| n.min(entries));
+        for index in 0..used {
             let word = self.word(words + u64::from(index) * WORD);
             if word >> PORT_SHIFT != wanted {
                 continue;
@@ -365,6 +383,30 @@ mod tests {
         assert_eq!(region.register_listener(server.slot, Bound::Any4, 81), None);
         assert_eq!(region.reclaim(server.slot).listeners, 1);
         assert_eq!(region.census().listeners, 0);
+    }
+
+    #[test]
+    fn a_lookup_goes_as_far_as_entries_were_ever_used() {
+        let region = region();
+        let client = host(&region, 1, &["10.0.0.1"]);
+        let server = host(&region, 2, &["10.0.0.2"]);
+        let bound = || region.word(DIRECTORY_BOUND);
+        assert_eq!(bound(), 0);
+        let entries = [8080, 8081]
+            .map(|port| region.register_listener(server.slot, Bound::Any4, port).unwrap());
+        let last = server.listen(Bound::Any4);
+        assert_eq!(bound(), 3);
+        for entry in entries {
+            region.unregister_listener(entry);
+        }
+        assert_eq!((client.find("10.0.0.2:80"), bound()), (Some(server.slot), 3));
+        region.unregister_listener(last);
+        server.listen(Bound::Any4);
+        assert_eq!((client.find("10.0.0.2:80"), bound()), (Some(server.slot), 3));
+        // Garbage does not lead out of the table.
+        region.set_word(DIRECTORY_BOUND, u64::MAX);
+        assert_eq!(client.find("10.0.0.2:80"), Some(server.slot));
+        assert_eq!(client.find("10.0.0.2:81"), None);
     }
 
     #[test]

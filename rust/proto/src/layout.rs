@@ -51,6 +51,10 @@ pub const INTENT: u64 = 128;
 /// Bytes of a word.
 pub const WORD: u64 = 8;
 
+/// Offset of the directory bound, in the superblock's page but not of it: it starts from zero
+/// and only grows.
+pub(crate) const DIRECTORY_BOUND: u64 = 256;
+
 /// Directory entries, and intents, for each slot.
 const ENTRIES_PER_SLOT: u64 = 4;
 
