@@ -15,6 +15,7 @@ use ivsmc_shm::{fork, net, thread};
 
 use crate::devices::DeviceTable;
 use crate::reactor::{lock, Need, Reactor};
+use crate::wait::Bells;
 use crate::{Error, Result};
 
 /// How long an unused runtime stays, so that a client connecting in a loop attaches once.
@@ -29,6 +30,7 @@ pub(crate) struct Runtime {
     state: Mutex<State>,
     devices: DeviceTable,
     misses: Mutex<HashMap<(SocketAddr, SlotRef), Miss>>,
+    bells: Bells,
 }
 
 #[derive(Default)]
@@ -58,6 +60,7 @@ impl Runtime {
             state: Mutex::default(),
             devices: DeviceTable::new(),
             misses: Mutex::default(),
+            bells: Bells::default(),
         }))
     }
 
@@ -79,6 +82,10 @@ impl Runtime {
         state.leases += 1;
         state.unused_since = None;
         Ok(Lease { runtime: self, reactor, generation: fork::generation() })
+    }
+
+    pub(crate) fn bells(&self) -> &Bells {
+        &self.bells
     }
 
     pub(crate) fn devices(&self) -> &DeviceTable {
@@ -118,6 +125,7 @@ impl Runtime {
     fn release_all(&self) {
         self.devices.detach_all();
         net::close_kept_sockets();
+        self.bells.clear();
     }
 
     /// Asked by the background thread whenever it wakes.

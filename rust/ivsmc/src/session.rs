@@ -29,7 +29,7 @@ use crate::host::{Deadline, Host, Timeout};
 use crate::options::Options;
 use crate::reactor::{lock, Reactor};
 use crate::readiness::Readiness;
-use crate::runtime::Lease;
+use crate::runtime::{Lease, Runtime};
 use crate::{Error, Result};
 
 pub use std::net::Shutdown;
@@ -105,9 +105,8 @@ pub struct SessionStats {
 }
 
 impl Session {
-    /// A session that goes on over TCP, for the reason given.
+    /// A session that goes on over TCP, for the reason given; `conn` must be blocking.
     pub(crate) fn tcp(conn: Fd, fallback: Fallback, lease: Lease) -> Result<Self> {
-        net::set_nonblocking(&conn, false)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 generation: fork::generation(),
@@ -487,6 +486,10 @@ impl Inner {
     /// The background thread; `None` once closed.
     fn reactor(&self) -> Option<Arc<Reactor>> {
         lock(&self.lease).as_ref().map(|lease| Arc::clone(lease.reactor()))
+    }
+
+    fn runtime(&self) -> Option<&'static Runtime> {
+        lock(&self.lease).as_ref().map(Lease::runtime)
     }
 
     fn conn(&self) -> Result<Arc<Fd>> {

@@ -16,7 +16,6 @@
 //! One word says both, so whoever saw `seen` before its `ready` neither sleeps past the end of a
 //! turn nor leads after one that may have drained its byte (`proto`'s loom models show it).
 
-use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,7 +24,7 @@ use ivsmc_proto::frame::FrameDecoder;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, MSG_DONTWAIT};
 use ivsmc_shm::poll::{self, EventFd, PollFd};
-use ivsmc_shm::{fork, futex, mem};
+use ivsmc_shm::{futex, mem};
 
 use crate::host::Deadline;
 use crate::reactor::lock;
@@ -34,23 +33,26 @@ use crate::{Error, Result};
 /// Most reads of one drain: a peer that floods the connection costs bounded time per turn.
 const READS_PER_DRAIN: usize = 16;
 
-thread_local! {
-    /// What other threads of this process wake this thread with while it leads; made on its
-    /// first sleep, anew in a forked child.
-    static BELL: RefCell<Option<(u32, Arc<EventFd>)>> = const { RefCell::new(None) };
-}
+/// What leaders are woken with from within this process; lent for one sleep, kept for the next.
+#[derive(Default)]
+pub(crate) struct Bells(Mutex<Vec<Arc<EventFd>>>);
 
-fn own_bell() -> Result<Arc<EventFd>> {
-    BELL.with_borrow_mut(|slot| {
-        if let Some((generation, bell)) = slot {
-            if fork::is_current(*generation) {
-                return Ok(Arc::clone(bell));
-            }
+impl Bells {
+    fn take(&self) -> Result<Arc<EventFd>> {
+        match lock(&self.0).pop() {
+            Some(bell) => Ok(bell),
+            None => Ok(Arc::new(EventFd::new()?)),
         }
-        let bell = Arc::new(EventFd::new()?);
-        *slot = Some((fork::generation(), Arc::clone(&bell)));
-        Ok(bell)
-    })
+    }
+
+    fn put(&self, bell: Arc<EventFd>) {
+        lock(&self.0).push(bell);
+    }
+
+    /// Closes those that are not lent.
+    pub(crate) fn clear(&self) {
+        lock(&self.0).clear();
+    }
 }
 
 /// The waiting of one session.
@@ -85,6 +87,7 @@ impl Sleeper {
     pub(crate) fn sleep(
         &self,
         conn: &Fd,
+        bells: &Bells,
         deadline: Deadline,
         mut ready: impl FnMut() -> Result<bool>,
         mut drained: impl FnMut(Drained),
@@ -103,7 +106,7 @@ impl Sleeper {
             if !self.lead(seen) {
                 continue;
             }
-            let polled = self.poll(conn, left, seen + 1);
+            let polled = self.poll(conn, bells, left, seen + 1);
             match polled {
                 Ok(false) => {}
                 Ok(true) => drained(self.drain(conn)),
@@ -125,8 +128,8 @@ impl Sleeper {
     }
 
     /// Sleeps on the connection as the leader; returns whether it has something.
-    fn poll(&self, conn: &Fd, left: Option<Duration>, mine: u32) -> Result<bool> {
-        let bell = own_bell()?;
+    fn poll(&self, conn: &Fd, bells: &Bells, left: Option<Duration>, mine: u32) -> Result<bool> {
+        let bell = bells.take()?;
         *lock(&self.bell) = Some(Arc::clone(&bell));
         // `wake_all` changes the turn, then looks for the bell; we set the bell, then look at the
         // turn. (The locks of `bell` order the two.)
@@ -138,13 +141,13 @@ impl Sleeper {
             Ok((false, false))
         };
         *lock(&self.bell) = None;
+        // Nobody can ring it any more; an eventfd of our own does not fail.
+        if !matches!(polled, Ok((_, false))) {
+            let _ = bell.drain();
+        }
+        bells.put(bell);
         match polled {
-            Ok((something, rung)) => {
-                if rung {
-                    bell.drain()?;
-                }
-                Ok(something)
-            }
+            Ok((something, _)) => Ok(something),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
                 Err(Error::Interrupted)
             }

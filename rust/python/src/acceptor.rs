@@ -71,7 +71,7 @@ impl Acceptor {
             .listener
             .accept(self::timeout(timeout)?, &gil)
             .map_err(|error| gil.raise(error))?;
-        Ok((Handle::new(session), address::to_tuple(py, &address)?))
+        Ok((Handle::new(session, self.family), address::to_tuple(py, &address)?))
     }
 
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {

@@ -34,7 +34,7 @@ pub(crate) fn connect(
     };
     let gil = Gil::new(py);
     let session = ivsmc::connect(address, &options, &gil).map_err(|error| gil.raise(error))?;
-    Ok(Handle::new(session))
+    Ok(Handle::new(session, address::family(&address)))
 }
 
 /// `None`, or `"smc"` for no fallback.

@@ -7,7 +7,7 @@
 
 use std::mem::MaybeUninit;
 
-use pyo3::exceptions::PyMemoryError;
+use pyo3::exceptions::{PyMemoryError, PyTypeError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -71,7 +71,11 @@ pub(crate) struct Sink(Lent);
 
 impl Sink {
     pub(crate) fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        Lent::new(object, ffi::PyBUF_WRITABLE).map(Self)
+        Lent::new(object, ffi::PyBUF_WRITABLE).map(Self).map_err(|_| {
+            // As the socket module says it.
+            let class = object.get_type();
+            PyTypeError::new_err(format!("a read-write bytes-like object is needed, not {class}"))
+        })
     }
 
     pub(crate) fn len(&self) -> usize {

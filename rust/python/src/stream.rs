@@ -27,16 +27,20 @@ const MSG_NOSIGNAL: i32 = 0x4000;
 const MSG_MORE: i32 = 0x8000;
 const MSG_CMSG_CLOEXEC: i32 = 0x4000_0000;
 
+/// What the `recvmsg` methods return: the data, no ancillary data, no flags, no address.
+type Message<'py, T> = (T, Bound<'py, PyList>, i32, Option<i32>);
+
 /// A connection that is set up and not yet a `Stream`; dropping it closes it.
 #[pyclass(frozen, module = "ivsmc._native")]
-pub(crate) struct Handle(Mutex<Option<Session>>);
+pub(crate) struct Handle(Mutex<Option<(Session, i32)>>);
 
 impl Handle {
-    pub(crate) fn new(session: Session) -> Self {
-        Self(Mutex::new(Some(session)))
+    /// `family` is that of the TCP connection.
+    pub(crate) fn new(session: Session, family: i32) -> Self {
+        Self(Mutex::new(Some((session, family))))
     }
 
-    fn take(&self) -> Option<Session> {
+    fn take(&self) -> Option<(Session, i32)> {
         self.0.lock().ok()?.take()
     }
 }
@@ -124,11 +128,9 @@ fn refuse(flags: i32, known: i32) -> PyResult<()> {
 #[pymethods]
 impl Stream {
     #[new]
-    fn new(py: Python<'_>, handle: &Handle) -> PyResult<Self> {
-        let session =
+    fn new(handle: &Handle) -> PyResult<Self> {
+        let (session, family) =
             handle.take().ok_or_else(|| PyValueError::new_err("the handle was used already"))?;
-        let family = session.local_addr().map(|address| address::family(&address));
-        let family = family.map_err(|error| errors::to_python(py, error))?;
         Ok(Self { session, family, timeout: AtomicU64::new(f64::NAN.to_bits()) })
     }
 
@@ -283,7 +285,7 @@ impl Stream {
         bufsize: isize,
         ancbufsize: isize,
         flags: i32,
-    ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyList>, i32, Option<i32>)> {
+    ) -> PyResult<Message<'py, Bound<'py, PyBytes>>> {
         if bufsize < 0 {
             return Err(PyValueError::new_err("negative buffer size in recvmsg()"));
         }
@@ -298,7 +300,7 @@ impl Stream {
         buffers: &Bound<'py, PyAny>,
         ancbufsize: isize,
         flags: i32,
-    ) -> PyResult<(usize, Bound<'py, PyList>, i32, Option<i32>)> {
+    ) -> PyResult<Message<'py, usize>> {
         check_ancillary(ancbufsize)?;
         let mut sinks =
             buffers.try_iter()?.map(|buffer| Sink::new(&buffer?)).collect::<PyResult<Vec<_>>>()?;
@@ -425,7 +427,7 @@ impl Stream {
         mut sinks: Vec<Sink>,
         wait: Timeout,
         flags: RecvFlags,
-    ) -> PyResult<(usize, Bound<'py, PyList>, i32, Option<i32>)> {
+    ) -> PyResult<Message<'py, usize>> {
         let gil = Gil::new(py);
         let size = sinks.iter().map(Sink::len).sum();
         let bytes = new_bytes(py, size, |into| {

@@ -363,9 +363,11 @@ impl Inner {
                     return Ok(());
                 }
                 let conn = self.conn()?;
+                let runtime = self.runtime().ok_or(Error::Closed)?;
                 link.sleeps.fetch_add(1, Ordering::Relaxed);
                 let slept = link.sleeper.sleep(
                     &conn,
+                    runtime.bells(),
                     deadline,
                     || self.arm(link, direction),
                     |drained| self.drained(link, drained),
