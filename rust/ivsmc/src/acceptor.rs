@@ -55,6 +55,8 @@ pub(crate) struct Acceptor {
     listening: Listening,
     regions: Vec<Arc<Attachment>>,
     region_names: String,
+    /// Why there is no region, if there is none: this end's reason for every connection.
+    without: Option<Fallback>,
     hostname: Hostname,
     size_class: u8,
     lease: Lease,
@@ -126,6 +128,7 @@ impl Acceptor {
         let acceptor = Arc::new(Self {
             generation: fork::generation(),
             region_names: regions.names(),
+            without: regions.attachments.is_empty().then(|| regions.fallback()),
             regions: regions.attachments,
             hostname: setup.hostname(),
             size_class: handshake::size_class(options.buffer),
@@ -262,7 +265,7 @@ impl Acceptor {
             match self.take(&socket) {
                 Ok(Taken::Nothing) => return Ok(None),
                 Ok(Taken::Plain(conn, peer)) => {
-                    return self.plain(conn, peer, plain_client()).map(Some);
+                    return self.plain(conn, peer, self.unannounced()).map(Some);
                 }
                 Ok(Taken::Announced) => {}
                 Err(error) => return Err(error),
@@ -310,6 +313,11 @@ impl Acceptor {
         })
     }
 
+    /// Why a connection without an intent is plain TCP.
+    fn unannounced(&self) -> Fallback {
+        self.without.clone().unwrap_or_else(plain_client)
+    }
+
     /// Hands out a connection as plain TCP, if that is allowed.
     pub(crate) fn plain(&self, conn: Fd, peer: SocketAddr, fallback: Fallback) -> Accepted {
         if self.listening.options.require == Require::Smc {
@@ -353,7 +361,8 @@ impl Acceptor {
         self.settle(&mut state);
         drop(state);
         // Outside the lock: they close connections.
-        drop((over, refused));
+        drop(over);
+        reset(refused);
     }
 
     /// The descriptor applications wait on.
@@ -408,7 +417,8 @@ impl Acceptor {
         if let Some(key) = key {
             self.reactor().forget(key);
         }
-        drop((socket, ready, readiness));
+        drop((socket, readiness));
+        reset(ready);
     }
 
     /// Whether one more connection may be in hand.
@@ -459,6 +469,15 @@ impl Acceptor {
     }
 }
 
+/// Closes connections that nobody will accept, as the kernel does with those in its own queue.
+fn reset(unaccepted: impl IntoIterator<Item = Accepted>) {
+    let at_once: Vec<u8> = [1_i32, 0].into_iter().flat_map(i32::to_ne_bytes).collect();
+    for (session, _) in unaccepted.into_iter().flatten() {
+        // It fails where the connection is over anyway.
+        let _ = session.set_option(net::SOL_SOCKET, net::SO_LINGER, &at_once);
+    }
+}
+
 /// What came from the socket.
 enum Taken {
     Nothing,
@@ -484,7 +503,7 @@ impl Source for Background {
             let accepted = match acceptor.take(&socket) {
                 Ok(Taken::Nothing) => return,
                 Ok(Taken::Announced) => continue,
-                Ok(Taken::Plain(conn, peer)) => acceptor.plain(conn, peer, plain_client()),
+                Ok(Taken::Plain(conn, peer)) => acceptor.plain(conn, peer, acceptor.unannounced()),
                 Err(_) => {
                     // Descriptors have run out, for instance: the next accept() says so.
                     acceptor.pause(&mut lock(&acceptor.state), ERROR_PAUSE);

@@ -1,10 +1,11 @@
 //! One end is a plain socket, or the set-up is switched off.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use ivsmc::{ConnectOptions, Error, Plain, Timeout};
+use ivsmc_proto::intent::IntentKey;
 
 use super::peers::*;
 
@@ -56,10 +57,38 @@ fn without_a_device_there_is_plain_tcp() {
     let client = connect(listener.local_addr(), file.device()).unwrap();
     assert_eq!(reason(&client), "PEER_NO_SMC");
     let server = accept(&listener);
-    assert_eq!(reason(&server), "PLAIN_CLIENT");
+    assert_eq!(reason(&server), "DISABLED");
     exercise(client, server);
     let missing = connect(listener.local_addr(), Some("file:/does/not/exist".into()));
     assert!(matches!(missing, Err(Error::Device { .. })));
+}
+
+#[test]
+fn without_room_for_an_intent_there_is_plain_tcp() {
+    let file = RegionFile::new(MIB);
+    let listener = listen(file.device());
+    let peer = file.peer();
+    // Where an intent may be depends on the client's port.
+    let intents: Vec<_> = (1..=u16::MAX)
+        .filter_map(|port| {
+            let key = IntentKey {
+                client: SocketAddr::from(([127, 0, 0, 1], port)).into(),
+                server: SocketAddr::from(([127, 0, 0, 1], 9)).into(),
+            };
+            peer.region.publish_intent(peer.me, &key)
+        })
+        .collect();
+    assert_eq!(u32::try_from(intents.len()), Ok(peer.region.census().intents));
+    let client = connect(listener.local_addr(), file.device()).unwrap();
+    let server = accept(&listener);
+    assert_eq!((reason(&client), reason(&server)), ("INTENTS_FULL", "PLAIN_CLIENT"));
+    exercise(client, server);
+    for intent in intents {
+        peer.region.withdraw_intent(&intent).unwrap();
+    }
+    let client = connect(listener.local_addr(), file.device()).unwrap();
+    assert_eq!(reason(&client), "none");
+    exercise(client, accept(&listener));
 }
 
 #[test]
