@@ -2,13 +2,16 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use ivsmc::{Error, Plain, Timeout};
+use ivsmc::{ConnectOptions, Error, ListenOptions, Listener, Plain, Timeout};
 use ivsmc_proto::clc::{
     self, AcceptConfirm, Chid, Decline, Device, Diagnosis, Eid, Gid, Message, Proposal,
 };
 use ivsmc_proto::intent::IntentState;
+use ivsmc_shm::fd::Fd;
+use ivsmc_shm::net;
 
 use super::peers::*;
 
@@ -75,6 +78,70 @@ fn garbage_instead_of_an_accept_leads_to_a_new_connection() {
 fn the_end_instead_of_an_accept_leads_to_a_new_connection() {
     let found = client_of(|_, conn, _| conn.shutdown(Shutdown::Both).unwrap());
     assert_eq!(found, "HANDSHAKE_FAILED");
+}
+
+#[test]
+fn a_reset_instead_of_an_accept_leads_to_a_new_connection() {
+    // What the kernel does with the connections of a listener that is killed.
+    let found = client_of(|_, conn, _| {
+        net::set_linger(&*conn, Some(0)).unwrap();
+        let elsewhere = TcpListener::bind("127.0.0.1:0").unwrap();
+        *conn = TcpStream::connect(elsewhere.local_addr().unwrap()).unwrap();
+    });
+    assert_eq!(found, "HANDSHAKE_FAILED");
+}
+
+#[test]
+fn silence_instead_of_an_accept_leads_to_a_new_connection() {
+    let file = RegionFile::new(16 * MIB);
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    let peer = file.peer();
+    peer.register(&server);
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| {
+            let conn = server.accept().unwrap().0;
+            peer.match_and_wait(&conn);
+            (conn, server.accept().unwrap().0)
+        });
+        // Half of it is for the first connection.
+        let timeout = Timeout::After(Duration::from_secs(1));
+        let options = ConnectOptions { timeout, ..options(file.device()) };
+        let client = ivsmc::connect(address, &options, &Plain).unwrap();
+        assert_eq!(reason(&client), "HANDSHAKE_FAILED");
+        let (silent, conn) = served.join().unwrap();
+        exercise_plain(client, conn);
+        drop(silent);
+    });
+    assert_eq!(peer.region.census().intents, 0);
+}
+
+/// Two processes accept from one socket; the one that got the connection breaks off.
+#[test]
+fn the_application_sees_only_the_connection_made_anew() {
+    let (file, elsewhere) = (RegionFile::new(16 * MIB), RegionFile::new(16 * MIB));
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    let peer = file.peer();
+    peer.register(&socket);
+    let shared = Fd::from(OwnedFd::from(socket.try_clone().unwrap()));
+    // Not to be found by the client, so that it does not accept by itself.
+    let options = ListenOptions { shared: true, device: elsewhere.device(), ..Default::default() };
+    let listener = Listener::adopt(shared, options).unwrap();
+    for answer in [&b""[..], b"HTTP/1.1 400 Bad Request"] {
+        std::thread::scope(|scope| {
+            let client = scope.spawn(|| connect(address, file.device()).unwrap());
+            let mut first = until("the connection", || socket.accept().ok()).0;
+            peer.match_and_wait(&first);
+            first.write_all(answer).unwrap();
+            drop(first);
+            let server = accept(&listener);
+            let client = client.join().unwrap();
+            assert_eq!((reason(&client), reason(&server)), ("HANDSHAKE_FAILED", "PLAIN_CLIENT"));
+            exercise(client, server);
+        });
+    }
+    assert_eq!(listener.stats().unwrap().accepted_tcp, 2);
 }
 
 #[test]
