@@ -42,15 +42,18 @@ pub(crate) struct Selection {
 /// # Errors
 /// [`Error::Device`] for what is no device spec.
 pub(crate) fn select(argument: Option<&str>) -> Result<Selection> {
-    let (list, is_explicit) = match argument {
-        Some(argument) => (argument.to_owned(), true),
+    match argument {
+        Some(argument) => select_listed(argument, true),
         // An empty variable is one that is not set.
-        None => (std::env::var(VARIABLE).unwrap_or_default(), false),
-    };
+        None => select_listed(&std::env::var(VARIABLE).unwrap_or_default(), false),
+    }
+}
+
+fn select_listed(list: &str, is_explicit: bool) -> Result<Selection> {
     if !is_explicit && list.trim().is_empty() {
         return Ok(Selection { specs: found(Path::new(SOCKETS)), disabled: false, is_explicit });
     }
-    let specs = DeviceSpec::parse_list(&list).map_err(|error| match error {
+    let specs = DeviceSpec::parse_list(list).map_err(|error| match error {
         Error::Device { spec, reason } if !is_explicit => {
             Error::device(spec, format!("{reason} (from the variable {VARIABLE})"))
         }
@@ -100,6 +103,15 @@ pub(crate) struct DeviceTable {
     /// Each device has a lock of its own: one that is slow to open keeps nobody from the others.
     entries: Mutex<HashMap<DeviceSpec, Arc<Mutex<Entry>>>>,
     addresses: Mutex<Option<Arc<AddressWatch>>>,
+    /// The last selection, for who connects in a loop.
+    selected: Mutex<Option<Selected>>,
+}
+
+/// What a list of devices meant a moment ago.
+struct Selected {
+    list: String,
+    seen: Instant,
+    selection: Arc<Selection>,
 }
 
 #[derive(Default)]
@@ -113,7 +125,33 @@ struct Entry {
 
 impl DeviceTable {
     pub(crate) fn new() -> Self {
-        Self { entries: Mutex::default(), addresses: Mutex::default() }
+        Self { entries: Mutex::default(), addresses: Mutex::default(), selected: Mutex::default() }
+    }
+
+    /// [`select`], which looks into the file system at most once in [`MEMORY`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn selected(&self, argument: Option<&str>) -> Result<Arc<Selection>> {
+        let variable = match argument {
+            Some(_) => String::new(),
+            None => std::env::var(VARIABLE).unwrap_or_default(),
+        };
+        let (list, is_explicit) = (argument.unwrap_or(&variable), argument.is_some());
+        let mut selected = lock(&self.selected);
+        if let Some(last) = &*selected {
+            let same = last.list == list && last.selection.is_explicit == is_explicit;
+            if same && last.seen.elapsed() < MEMORY {
+                return Ok(Arc::clone(&last.selection));
+            }
+        }
+        let selection = Arc::new(select_listed(list, is_explicit)?);
+        *selected = Some(Selected {
+            list: list.to_owned(),
+            seen: Instant::now(),
+            selection: Arc::clone(&selection),
+        });
+        Ok(selection)
     }
 
     /// Attaches to the selected devices, as far as that has not been done, and returns the
@@ -156,7 +194,13 @@ impl DeviceTable {
         spec: &DeviceSpec,
         reactor: &Arc<Reactor>,
     ) -> Result<Arc<Attachment>, Unusable> {
-        let entry = Arc::clone(lock(&self.entries).entry(spec.clone()).or_default());
+        let entry = {
+            let mut entries = lock(&self.entries);
+            match entries.get(spec) {
+                Some(entry) => Arc::clone(entry),
+                None => Arc::clone(entries.entry(spec.clone()).or_default()),
+            }
+        };
         let mut entry = lock(&entry);
         let is_recent = entry.seen.is_some_and(|seen| seen.elapsed() < MEMORY);
         if let Some(attachment) = &entry.attachment {
