@@ -8,7 +8,7 @@ use ivsmc_proto::host::Ip;
 use ivsmc_shm::{file, fork};
 
 use crate::attachment::Attachment;
-use crate::devices::{self, Problem};
+use crate::devices::Problem;
 use crate::fallback::{Fallback, Reason, Side};
 use crate::listen::Acceptor;
 use crate::reactor::lock;
@@ -155,11 +155,12 @@ pub(crate) struct Regions {
 impl Regions {
     /// Those that `device` names, or else those that are found; attached.
     pub(crate) fn open(lease: &Lease, device: Option<&str>) -> Result<Self> {
-        let selection = devices::select(device)?;
+        let devices = lease.runtime().devices();
+        let selection = devices.selected(device)?;
         if selection.disabled {
             return Ok(Self { attachments: Vec::new(), disabled: true, problems: Vec::new() });
         }
-        let (attachments, problems) = lease.runtime().devices().attached(&selection)?;
+        let (attachments, problems) = devices.attached(&selection)?;
         Ok(Self { attachments, disabled: false, problems })
     }
 
