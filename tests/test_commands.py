@@ -170,7 +170,7 @@ def test_devices(device_specs: dict[str, str]) -> None:
     environment = {**os.environ, "IVSMC_DEVICE": f"{usable},file:/nonexistent/region"}
     table = command("devices", env=environment)
     assert table.returncode == 0, table.stderr
-    assert re.search(r"^file:/nonexistent/region +no +.*No such file", table.stdout, re.M)
+    assert re.search(r"^file:/nonexistent/region +no +.*there is no such file", table.stdout, re.M)
     listed = json.loads(command("devices", "--json", env=environment).stdout)
     assert {entry["spec"] for entry in listed if entry["usable"]} == set(usable.split(","))
 

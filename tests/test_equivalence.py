@@ -275,7 +275,8 @@ class Pairs(RuleBasedStateMachine):
 
     @rule(side=SIDES)
     def shut_writing(self, side: int) -> None:
-        if self.is_whole(side) and not all(self.write_shut):
+        """Also after the peer shut its side, or closed."""
+        if self.is_open(side) and not self.write_shut[side]:
             assert self.both(side, lambda end: end.shutdown(socket.SHUT_WR)) is None
             self.write_shut[side] = True
 
