@@ -52,6 +52,8 @@ type Accepted = Result<(Session, SocketAddr)>;
 /// What accepts for a listener in one process.
 pub(crate) struct Acceptor {
     generation: u32,
+    /// Forks of this process when it was made.
+    forks: u32,
     listening: Listening,
     regions: Vec<Arc<Attachment>>,
     region_names: String,
@@ -127,6 +129,7 @@ impl Acceptor {
         }
         let acceptor = Arc::new(Self {
             generation: fork::generation(),
+            forks: fork::count(),
             region_names: regions.names(),
             without: regions.attachments.is_empty().then(|| regions.fallback()),
             regions: regions.attachments,
@@ -159,6 +162,11 @@ impl Acceptor {
 
     pub(crate) fn port(&self) -> u16 {
         self.listening.local.port()
+    }
+
+    /// Whether a child that was forked since may accept from the same socket.
+    pub(crate) fn has_heirs(&self) -> bool {
+        fork::count() != self.forks
     }
 
     pub(crate) fn lease(&self) -> &Lease {
@@ -423,7 +431,8 @@ impl Acceptor {
 
     /// Whether one more connection may be in hand.
     fn has_room(&self, state: &State) -> bool {
-        state.ready.len() + state.shaking.len() < self.listening.limit
+        let limit = if self.has_heirs() { 1 } else { self.listening.limit };
+        state.ready.len() + state.shaking.len() < limit
     }
 
     /// Makes who watches the socket follow from the state.

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use ivsmc_proto::clc::Hostname;
-use ivsmc_proto::host::Ip;
 use ivsmc_shm::{file, fork};
 
 use crate::attachment::Attachment;
@@ -76,12 +75,13 @@ impl Setup {
         drop(gone);
     }
 
-    /// This process connects to its own port: its listeners there begin to accept by themselves.
+    /// This process connects to its own port: its listeners there begin to accept by themselves,
+    /// unless a child may be meant, from which they would take the connection.
     pub(crate) fn connects_to_itself(&self, port: u16) {
         let own: Vec<_> = lock(&self.acceptors)
             .values()
             .flatten()
-            .filter(|acceptor| acceptor.port() == port)
+            .filter(|acceptor| acceptor.port() == port && !acceptor.has_heirs())
             .cloned()
             .collect();
         for acceptor in own {
@@ -189,14 +189,6 @@ impl Regions {
         let mut names: Vec<_> = self.attachments.iter().map(|a| a.spec().to_string()).collect();
         names.extend(self.problems.iter().map(|p| format!("not {}: {}", p.spec, p.error)));
         names.join(", ")
-    }
-}
-
-/// A destination as the directory and the intents have it: 0.0.0.0 and :: mean loopback.
-pub(crate) fn destination(address: std::net::SocketAddr) -> ivsmc_proto::host::Endpoint {
-    ivsmc_proto::host::Endpoint {
-        ip: Ip::from(address.ip()).as_destination(),
-        port: address.port(),
     }
 }
 

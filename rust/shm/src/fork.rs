@@ -33,6 +33,8 @@ const MAX_MAPPINGS: usize = 4096;
 
 /// Zero in the process that loaded the code, one in its forked child, and so on.
 static GENERATION: AtomicU32 = AtomicU32::new(0);
+/// Forks of this process since the handlers were installed.
+static FORKS: AtomicU32 = AtomicU32::new(0);
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 /// One bit per descriptor number.
 static FDS: [AtomicU64; WORDS] = [const { AtomicU64::new(0) }; WORDS];
@@ -63,6 +65,18 @@ pub fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
+/// How often this process has forked: changes when a child may have inherited what it has open.
+#[inline]
+#[must_use]
+pub fn count() -> u32 {
+    // Relaxed: a hint to other threads; the forking thread sees its own store.
+    FORKS.load(Ordering::Relaxed)
+}
+
+extern "C" fn in_parent() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+}
+
 /// Whether an object made in `generation` belongs to this process, and not to one it was forked from.
 #[inline]
 #[must_use]
@@ -87,9 +101,9 @@ pub fn install() {
 #[cold]
 fn install_now() {
     // SAFETY: pthread_atfork needs handlers with C's calling convention that stay loaded; the
-    // child handler is a function of this crate that restricts itself to what a child of a process
+    // parent handler counts, and the child handler is a function of this crate that restricts itself to what a child of a process
     // with threads may do: atomics, `close` and `mmap`.
-    let failed = unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+    let failed = unsafe { libc::pthread_atfork(None, Some(in_parent), Some(in_child)) };
     assert!(failed == 0, "no memory to install the fork handler");
     // Release: pairs with the Acquire in `install`.
     INSTALLED.store(true, Ordering::Release);
