@@ -4,7 +4,7 @@ use std::hint::spin_loop;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use ivsmc_shm::thread::available_cpus;
+use ivsmc_shm::thread::online_cpus;
 
 use crate::host::Deadline;
 
@@ -21,7 +21,7 @@ const DEFAULT: Duration = Duration::from_micros(50);
 fn budget() -> Duration {
     static BUDGET: OnceLock<Duration> = OnceLock::new();
     *BUDGET.get_or_init(|| {
-        if available_cpus() == 1 {
+        if online_cpus() == 1 {
             // The peer cannot run while we look.
             return Duration::ZERO;
         }

@@ -57,6 +57,25 @@ impl Drop for AllBlocked {
     }
 }
 
+/// Whether this is the thread its process began with, or was forked to.
+#[must_use]
+pub fn is_main() -> bool {
+    // SAFETY: gettid takes nothing and cannot fail. By number: old C libraries have no wrapper.
+    let thread = unsafe { libc::syscall(libc::SYS_gettid) };
+    u32::try_from(thread) == Ok(std::process::id())
+}
+
+/// How many processors this machine runs on: at least 1.
+///
+/// Not how many this thread may use: a peer on another processor than ours makes progress while we
+/// spin, however few are ours.
+#[must_use]
+pub fn online_cpus() -> usize {
+    // SAFETY: sysconf takes a number and returns one.
+    let count = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+    usize::try_from(count).unwrap_or(1).max(1)
+}
+
 /// How many processors this thread may run on: at least 1.
 #[must_use]
 pub fn available_cpus() -> usize {
@@ -98,6 +117,13 @@ mod tests {
         expected &= !(1 << (libc::SIGKILL - 1)) & !(1 << (libc::SIGSTOP - 1));
         assert_eq!(inside & 0x7fff_ffff, expected);
         assert_eq!(blocked(), before);
+    }
+
+    #[test]
+    fn a_thread_that_was_started_is_not_the_main_one() {
+        // Nor is this one: the test runner has started it.
+        assert!(!is_main());
+        assert!(!std::thread::spawn(is_main).join().unwrap());
     }
 
     #[test]
