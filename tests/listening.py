@@ -1,4 +1,4 @@
-"""What processes with listeners do in the tests of setting up and falling back."""
+"""What the other ends do in the tests of setting up and falling back."""
 
 import os
 import socket
@@ -11,17 +11,14 @@ import ivsmc
 from endpoints import Endpoint, receive_all
 from processes import Here
 
-Why = ivsmc.FallbackReason | None
-"""Why a session is on TCP; None on shared memory."""
-
 
 def listen(
     here: Here, address: tuple[str, int], environment: dict[str, str], arguments: dict[str, Any]
 ) -> None:
-    """Listen on ``address``, say where, and accept as told.
+    """Listen on ``address``, say where, and accept as told, in a process with ``environment``.
 
-    ``accept`` serves one session with ``echo``, ``hold`` keeps it open; both say why it is on TCP,
-    or the text of SMCRequired. None ends it.
+    ``accept`` serves one session with ``echo``, ``hold`` keeps it open; both say its fallback
+    reason. None is the end. Where ``SMCRequired`` is raised, its text is said instead.
     """
     os.environ.update(environment)
     with ExitStack() as opened:
@@ -37,12 +34,11 @@ def listen(
             except ivsmc.SMCRequired as error:
                 here.send(str(error))
                 continue
+            opened.enter_context(session)
             here.send(session.fallback_reason)
-            if command == "hold":
-                opened.enter_context(session)
-            else:
-                with session:
-                    echo(session)
+            if command == "accept":
+                echo(session)
+                session.close()
 
 
 def echo(stream: Endpoint) -> None:
