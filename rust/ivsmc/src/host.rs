@@ -16,6 +16,11 @@ pub trait Host {
     /// # Errors
     /// [`crate::Error::Interrupted`] to end the call; `Ok` to go on waiting.
     fn interrupted(&self) -> Result<()>;
+    /// Whether signals are handled on this thread, by [`Host::interrupted`]: it is then asked once
+    /// more before the thread sleeps, for a signal that came while it was awake.
+    fn handles_signals(&self) -> bool {
+        false
+    }
 }
 
 /// Waits as an ordinary thread does, and goes on after signals.

@@ -22,7 +22,7 @@ use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::{fork, net, poll};
 
-use self::smc::{Direction, Incoming, Link, Watched};
+use self::smc::{Direction, Incoming, Link, Watched, ANY_DATA};
 use crate::attachment::{OwnDmb, PeerDmb};
 use crate::fallback::Fallback;
 use crate::host::{Deadline, Host, Timeout};
@@ -198,6 +198,8 @@ impl Session {
             if deadline.is_none() {
                 deadline = Some(timeout.deadline());
             }
+            // While the peer keeps up this thread does not sleep.
+            host.interrupted()?;
         }
     }
 
@@ -296,7 +298,10 @@ impl Session {
         let deadline = std::cell::OnceCell::new();
         let mut got = 0;
         loop {
+            // Before the look at what is there: nothing comes after the end.
+            let is_last = flags.peek && flags.wait_all && inner.is_over(link);
             let rest = &mut into[got..];
+            let mut least = 1;
             let step = if rest.len() > LONG_COPY {
                 host.blocking(|| inner.try_recv(link, rest, flags.peek))
             } else {
@@ -306,7 +311,7 @@ impl Session {
                 Ok(Some(0)) => return Ok(got),
                 Ok(Some(n)) if flags.peek => {
                     // A longer peek sees the same bytes from the start again.
-                    if !flags.wait_all || n == into.len() {
+                    if !flags.wait_all || n == into.len() || inner.all_there(link, n) {
                         return Ok(n);
                     }
                 }
@@ -324,8 +329,21 @@ impl Session {
                 return if got > 0 { Ok(got) } else { Err(Error::WouldBlock) };
             }
             let until = *deadline.get_or_init(|| timeout.deadline());
-            if let Err(error) = inner.wait(link, Direction::Receive, until, host) {
-                return if got > 0 { Ok(got) } else { Err(error) };
+            // A peek for all waits for all to be there; other calls take what comes.
+            let least = if flags.peek && flags.wait_all { into.len() as u64 } else { 1 };
+            match inner.wait(link, Direction::Receive { least }, until, host) {
+                Ok(()) => {}
+                // What a signal handler raised must not get lost; what was received may, as on
+                // a socket.
+                Err(Error::Interrupted) => return Err(Error::Interrupted),
+                Err(_) if got > 0 => return Ok(got),
+                Err(Error::TimedOut) if flags.peek => {
+                    return match inner.try_recv(link, into, true)? {
+                        Some(n) if n > 0 => Ok(n),
+                        _ => Err(Error::TimedOut),
+                    }
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -357,7 +375,7 @@ impl Session {
                 return Err(Error::WouldBlock);
             }
             let until = *until.get_or_insert_with(|| timeout.deadline());
-            inner.wait(link, Direction::Receive, until, host)?;
+            inner.wait(link, ANY_DATA, until, host)?;
         }
     }
 

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 use ivsmc::{Error, Host, Result, Timeout};
+use ivsmc_shm::thread;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -40,6 +41,10 @@ impl Host for Gil<'_> {
             self.raised.replace(Some(raised));
             Error::Interrupted
         })
+    }
+
+    fn handles_signals(&self) -> bool {
+        thread::is_main()
     }
 }
 

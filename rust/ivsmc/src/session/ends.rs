@@ -98,8 +98,8 @@ impl Rx {
         self.ring.take_writer_wait(self.dmb.memory())
     }
 
-    pub(super) fn want_data(&mut self) -> Result<bool> {
-        self.ring.want_data(self.dmb.memory(), 1).map_err(misbehaved)
+    pub(super) fn want_data(&mut self, least: u64) -> Result<bool> {
+        self.ring.want_data(self.dmb.memory(), least).map_err(misbehaved)
     }
 
     pub(super) fn clear_wait(&self) {

@@ -129,9 +129,15 @@ impl Link {
 /// Which condition a thread waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
+    /// Room for some of so many bytes.
     Send { bytes: u64 },
-    Receive,
+    /// So many bytes, or as many as fit.
+    Receive { least: u64 },
 }
+
+/// What makes a session readable, and writable.
+pub(super) const ANY_DATA: Direction = Direction::Receive { least: 1 };
+const ANY_ROOM: Direction = Direction::Send { bytes: 1 };
 
 /// What receiving can find.
 pub(super) enum Incoming {
@@ -238,6 +244,15 @@ impl Inner {
         Ok(Some(got))
     }
 
+    /// Whether a peek that found `n` bytes cannot find more: the ring is full, or the stream ends.
+    pub(super) fn all_there(&self, link: &Link, n: usize) -> bool {
+        let rx = lock(&link.rx);
+        let Some(rx) = rx.as_ref() else { return true };
+        n as u64 >= rx.capacity()
+            || rx.writer_flags() != 0
+            || self.state.load(Ordering::Acquire) & (CLOSED | ENDED | RECV_SHUT) != 0
+    }
+
     /// What there is to receive, judged in the order that loses nothing.
     #[inline]
     pub(super) fn incoming(&self, link: &Link, rx: &mut Rx) -> Result<Incoming> {
@@ -274,11 +289,12 @@ impl Inner {
             return true;
         }
         match direction {
-            Direction::Receive => {
+            Direction::Receive { least } => {
                 let mut rx = lock(&link.rx);
                 let Some(rx) = rx.as_mut() else { return true };
+                let least = least.min(rx.capacity());
                 self.state.load(Ordering::Acquire) & RECV_SHUT != 0
-                    || !matches!(rx.available(), Ok(0))
+                    || rx.available().map_or(true, |available| available >= least)
                     || rx.writer_flags() != 0
             }
             Direction::Send { .. } => {
@@ -294,10 +310,15 @@ impl Inner {
     /// As [`Inner::concerns`], and sets the wait flag before it says no.
     pub(super) fn arm(&self, link: &Link, direction: Direction) -> Result<bool> {
         let there = match direction {
-            Direction::Receive => {
+            Direction::Receive { least } => {
                 let mut rx = lock(&link.rx);
                 let rx = rx.as_mut().ok_or(Error::Closed)?;
-                rx.want_data()?
+                let there = rx.want_data(least.min(rx.capacity()))?;
+                // A reader that waits for more than is there may have to wake the writer first.
+                if !there && least > 1 && rx.take_writer_wait() {
+                    self.notify(link);
+                }
+                there
             }
             Direction::Send { bytes } => {
                 let mut tx = lock(&link.tx);
@@ -309,8 +330,13 @@ impl Inner {
     }
 
     pub(super) fn shutdown_link(&self, link: &Link, how: Shutdown) -> Result<()> {
-        if self.state.load(Ordering::Acquire) & ENDED != 0 {
-            // ENOTCONN, as TCP after its end: there is nothing left to shut down.
+        let state = self.state.load(Ordering::Acquire);
+        let flags = lock(&link.rx).as_ref().map_or(0, |rx| rx.writer_flags());
+        let half_open = state & SEND_SHUT == 0
+            && flags & (DONE_WRITING | WRITER_CLOSED) != 0
+            && flags & WRITER_ABORTED == 0;
+        if state & ENDED != 0 && !half_open {
+            // ENOTCONN, as TCP after the end of both directions: nothing is left to shut down.
             return Err(Error::Os(std::io::Error::from_raw_os_error(107)));
         }
         if matches!(how, Shutdown::Write | Shutdown::Both) {
@@ -333,7 +359,7 @@ impl Inner {
     /// Takes the wait flag back: the thread that set it is awake.
     pub(super) fn disarm(&self, link: &Link, direction: Direction) {
         match direction {
-            Direction::Receive => {
+            Direction::Receive { .. } => {
                 if let Some(rx) = lock(&link.rx).as_mut() {
                     rx.clear_wait();
                 }
@@ -358,10 +384,14 @@ impl Inner {
             return Ok(());
         }
         loop {
+            if host.blocking(|| spin::fully(deadline, || self.concerns(link, direction))) {
+                return Ok(());
+            }
+            // A signal that came meanwhile does not interrupt the sleep.
+            if host.handles_signals() {
+                host.interrupted()?;
+            }
             let slept = host.blocking(|| {
-                if spin::fully(deadline, || self.concerns(link, direction)) {
-                    return Ok(());
-                }
                 let conn = self.conn()?;
                 let runtime = self.runtime().ok_or(Error::Closed)?;
                 link.sleeps.fetch_add(1, Ordering::Relaxed);
@@ -407,20 +437,19 @@ impl Inner {
         }
         let mut guard = lock(&link.readiness);
         let Some(readiness) = guard.as_mut() else { return };
-        if self.concerns(link, Direction::Receive) {
+        if self.concerns(link, ANY_DATA) {
             readiness.set_readable(true);
         } else {
             readiness.set_readable(false);
-            if self.arm(link, Direction::Receive).unwrap_or(true) {
+            if self.arm(link, ANY_DATA).unwrap_or(true) {
                 readiness.set_readable(true);
             }
         }
-        let any = Direction::Send { bytes: 1 };
-        if self.concerns(link, any) {
+        if self.concerns(link, ANY_ROOM) {
             readiness.set_writable(true);
         } else {
             readiness.set_writable(false);
-            if self.arm(link, any).unwrap_or(true) {
+            if self.arm(link, ANY_ROOM).unwrap_or(true) {
                 readiness.set_writable(true);
             }
         }
