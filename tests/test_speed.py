@@ -1,4 +1,4 @@
-"""The floor of speed, as ratios to TCP loopback in the same run; no time is compared with a clock."""
+"""The floor of speed, as ratios to TCP loopback in the same run; no clock is a limit."""
 
 import json
 import os
