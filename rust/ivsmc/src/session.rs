@@ -298,10 +298,9 @@ impl Session {
         let deadline = std::cell::OnceCell::new();
         let mut got = 0;
         loop {
-            // Before the look at what is there: nothing comes after the end.
-            let is_last = flags.peek && flags.wait_all && inner.is_over(link);
             let rest = &mut into[got..];
-            let mut least = 1;
+            // Looked at before the bytes: what came in between is not the last.
+            let is_last = flags.peek && flags.wait_all && inner.is_over(link);
             let step = if rest.len() > LONG_COPY {
                 host.blocking(|| inner.try_recv(link, rest, flags.peek))
             } else {
@@ -311,7 +310,7 @@ impl Session {
                 Ok(Some(0)) => return Ok(got),
                 Ok(Some(n)) if flags.peek => {
                     // A longer peek sees the same bytes from the start again.
-                    if !flags.wait_all || n == into.len() || inner.all_there(link, n) {
+                    if !flags.wait_all || n == into.len() || is_last || inner.is_full(link, n) {
                         return Ok(n);
                     }
                 }
@@ -320,6 +319,8 @@ impl Session {
                     if !flags.wait_all || got == into.len() {
                         return Ok(got);
                     }
+                    // While the peer keeps up this thread does not sleep.
+                    host.interrupted()?;
                     continue;
                 }
                 Ok(None) => {}

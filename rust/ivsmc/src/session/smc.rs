@@ -244,13 +244,15 @@ impl Inner {
         Ok(Some(got))
     }
 
-    /// Whether a peek that found `n` bytes cannot find more: the ring is full, or the stream ends.
-    pub(super) fn all_there(&self, link: &Link, n: usize) -> bool {
-        let rx = lock(&link.rx);
-        let Some(rx) = rx.as_ref() else { return true };
-        n as u64 >= rx.capacity()
-            || rx.writer_flags() != 0
-            || self.state.load(Ordering::Acquire) & (CLOSED | ENDED | RECV_SHUT) != 0
+    /// Whether nothing more comes than what is there.
+    pub(super) fn is_over(&self, link: &Link) -> bool {
+        self.state.load(Ordering::Acquire) & (CLOSED | ENDED | RECV_SHUT) != 0
+            || lock(&link.rx).as_ref().is_none_or(|rx| rx.writer_flags() != 0)
+    }
+
+    /// Whether no more than `n` bytes fit.
+    pub(super) fn is_full(&self, link: &Link, n: usize) -> bool {
+        lock(&link.rx).as_ref().is_none_or(|rx| n as u64 >= rx.capacity())
     }
 
     /// What there is to receive, judged in the order that loses nothing.
