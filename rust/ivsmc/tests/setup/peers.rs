@@ -151,12 +151,18 @@ pub(crate) fn listen(device: Option<String>) -> Listener {
     listen_on("127.0.0.1:0", ListenOptions { device, ..Default::default() }).unwrap()
 }
 
+/// How to connect over IPv4: from a loopback address of this process's own, whose ports are free
+/// however many connections other tests have just made.
 pub(crate) fn options(device: Option<String>) -> ConnectOptions {
-    ConnectOptions { timeout: LONG, device, ..Default::default() }
+    let [_, _, a, b] = std::process::id().to_be_bytes();
+    let source = SocketAddr::from(([127, 64, a, b], 0));
+    ConnectOptions { timeout: LONG, device, source: Some(source), ..Default::default() }
 }
 
 pub(crate) fn connect(address: SocketAddr, device: Option<String>) -> Result<Session> {
-    ivsmc::connect(address, &options(device), &Plain)
+    let mut options = options(device);
+    options.source = options.source.filter(|_| address.is_ipv4());
+    ivsmc::connect(address, &options, &Plain)
 }
 
 pub(crate) fn accept(listener: &Listener) -> Session {

@@ -190,6 +190,29 @@ fn many_clients_at_once() {
 }
 
 #[test]
+fn a_client_that_closes_at_once_is_accepted_with_all_it_sent() {
+    let file = RegionFile::new(16 * MIB);
+    let listener = listen(file.device());
+    for round in 0..300_u32 {
+        let client = connect(listener.local_addr(), file.device()).unwrap();
+        if round % 3 != 0 {
+            send(&client, &round.to_le_bytes());
+        }
+        drop(client);
+        let server = accept(&listener);
+        assert_eq!(reason(&server), "none");
+        let sent = if round % 3 == 0 { Vec::new() } else { round.to_le_bytes().to_vec() };
+        assert_eq!(recv(&server, 4), sent);
+        assert_eq!(recv(&server, 1), b"");
+        // As on TCP, the first ones may go nowhere.
+        let error = until("an error", || server.send(b"x", LONG, &Plain).err());
+        assert!(matches!(error, Error::BrokenPipe), "{error}");
+    }
+    let region = file.peer().region;
+    until("all DMBs", || (region.census().dmbs_held == 0).then_some(()));
+}
+
+#[test]
 fn accept_keeps_its_timeout() {
     let listener = listen(RegionFile::new(MIB).device());
     let nothing = listener.accept(Timeout::NonBlocking, &Plain).err().unwrap();
