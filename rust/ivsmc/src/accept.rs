@@ -202,9 +202,7 @@ impl Handshake {
             End::Shared { own, tx, client } => {
                 let lease = self.acceptor.lease().clone();
                 // Without it, the client sees a connection that ended.
-                Session::smc(conn, tx, own, client, lease)
-                    .ok()
-                    .map(|session| Ok((session, peer)))
+                Session::smc(conn, tx, own, client, lease).ok().map(|session| Ok((session, peer)))
             }
         };
         if let Some(&key) = self.key.get() {

@@ -90,10 +90,7 @@ impl ClientProtocol {
     /// A client that has received nothing yet.
     #[must_use]
     pub fn new() -> ClientProtocol {
-        ClientProtocol {
-            state: State::Version,
-            vectors: BTreeMap::new(),
-        }
+        ClientProtocol { state: State::Version, vectors: BTreeMap::new() }
     }
 
     /// Takes the next message: its number and whether a descriptor came with it.
@@ -136,10 +133,7 @@ impl ClientProtocol {
                     return Err(InvalidMessage::NotTheRegion { found: value });
                 }
                 if !has_fd {
-                    return Err(InvalidMessage::DescriptorMissing {
-                        what: "region",
-                        value,
-                    });
+                    return Err(InvalidMessage::DescriptorMissing { what: "region", value });
                 }
                 self.state = State::Peers { own };
                 Ok(ClientEvent::Region)
@@ -150,10 +144,7 @@ impl ClientProtocol {
                     return self.vector(own, peer);
                 }
                 if peer == own {
-                    return Err(InvalidMessage::DescriptorMissing {
-                        what: "own vector",
-                        value,
-                    });
+                    return Err(InvalidMessage::DescriptorMissing { what: "own vector", value });
                 }
                 self.vectors.remove(&peer);
                 Ok(ClientEvent::PeerLeft { peer })
@@ -233,10 +224,9 @@ impl fmt::Display for InvalidMessage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("not an ivshmem server: ")?;
         match *self {
-            InvalidMessage::WrongVersion { found } => write!(
-                f,
-                "the first message is {found}, not protocol version {VERSION}"
-            ),
+            InvalidMessage::WrongVersion { found } => {
+                write!(f, "the first message is {found}, not protocol version {VERSION}")
+            }
             InvalidMessage::NoId { what, value } => {
                 write!(f, "{value} stands where the {what} (0..=65535) belongs")
             }
@@ -306,11 +296,7 @@ pub fn welcome(
         message(REGION, Descriptor::Region),
     ]
     .into_iter()
-    .chain(
-        others
-            .into_iter()
-            .flat_map(|(id, vectors)| newcomer(id, vectors)),
-    )
+    .chain(others.into_iter().flat_map(|(id, vectors)| newcomer(id, vectors)))
     .chain(newcomer(own, vectors))
 }
 
@@ -325,10 +311,7 @@ pub fn newcomer(id: u16, vectors: u16) -> impl Iterator<Item = ServerMessage> {
 /// What the others are sent when the peer `id` has left.
 #[must_use]
 pub const fn left(id: u16) -> ServerMessage {
-    ServerMessage {
-        value: id as i64,
-        descriptor: Descriptor::None,
-    }
+    ServerMessage { value: id as i64, descriptor: Descriptor::None }
 }
 
 #[cfg(test)]
@@ -390,16 +373,7 @@ mod tests {
                 descriptors.push((peer, sent));
             }
         }
-        let all = [
-            (0, 0),
-            (65_535, 0),
-            (65_535, 1),
-            (2, 0),
-            (2, 1),
-            (2, 2),
-            (9, 0),
-            (9, 1),
-        ];
+        let all = [(0, 0), (65_535, 0), (65_535, 1), (2, 0), (2, 1), (2, 2), (9, 0), (9, 1)];
         assert_eq!(descriptors, all);
     }
 
@@ -421,58 +395,25 @@ mod tests {
             client
         };
         let cases = [
-            (
-                0,
-                5,
-                false,
-                "the first message is 5, not protocol version 0",
-            ),
-            (
-                0,
-                0,
-                true,
-                "a descriptor came with the protocol version (message 0)",
-            ),
-            (
-                1,
-                -1,
-                false,
-                "-1 stands where the own id (0..=65535) belongs",
-            ),
+            (0, 5, false, "the first message is 5, not protocol version 0"),
+            (0, 0, true, "a descriptor came with the protocol version (message 0)"),
+            (1, -1, false, "-1 stands where the own id (0..=65535) belongs"),
             (1, 7, true, "a descriptor came with the own id (message 7)"),
             (2, 7, true, "7 stands where the region (-1) belongs"),
-            (
-                2,
-                -1,
-                false,
-                "no descriptor came with the region (message -1)",
-            ),
-            (
-                3,
-                65_536,
-                true,
-                "65536 stands where the peer id (0..=65535) belongs",
-            ),
+            (2, -1, false, "no descriptor came with the region (message -1)"),
+            (3, 65_536, true, "65536 stands where the peer id (0..=65535) belongs"),
             (
                 3,
                 i64::MIN,
                 false,
                 "-9223372036854775808 stands where the peer id (0..=65535) belongs",
             ),
-            (
-                3,
-                7,
-                false,
-                "no descriptor came with the own vector (message 7)",
-            ),
+            (3, 7, false, "no descriptor came with the own vector (message 7)"),
         ];
         for (count, value, has_fd, text) in cases {
             let mut client = after(count);
             let error = client.message(value, has_fd).unwrap_err();
-            assert_eq!(
-                error.to_string().strip_prefix("not an ivshmem server: "),
-                Some(text)
-            );
+            assert_eq!(error.to_string().strip_prefix("not an ivshmem server: "), Some(text));
             // It stays refused.
             assert_eq!(client.message(0, false), Err(error));
         }
@@ -485,17 +426,11 @@ mod tests {
             let event = ClientEvent::PeerVector { peer: 1, vector };
             assert_eq!(client.message(1, true), Ok(event));
         }
-        assert_eq!(
-            client.message(1, true),
-            Err(InvalidMessage::TooManyVectors { peer: 1 })
-        );
+        assert_eq!(client.message(1, true), Err(InvalidMessage::TooManyVectors { peer: 1 }));
     }
 
     #[test]
     fn a_peer_never_announced_may_leave() {
-        assert_eq!(
-            started().message(1, false),
-            Ok(ClientEvent::PeerLeft { peer: 1 })
-        );
+        assert_eq!(started().message(1, false), Ok(ClientEvent::PeerLeft { peer: 1 }));
     }
 }

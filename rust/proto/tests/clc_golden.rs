@@ -75,10 +75,7 @@ fn proposal_bytes() -> Vec<u8> {
 }
 
 fn proposal() -> Proposal {
-    let device = Device {
-        chid: Chid::of_region(UUID),
-        gid: gid(),
-    };
+    let device = Device { chid: Chid::of_region(UUID), gid: gid() };
     Proposal::new(vec![device], vec![Eid::DEFAULT])
 }
 
@@ -201,14 +198,7 @@ fn decline() {
     assert_eq!((out_of_sync[7], out_of_sync[16]), (0x28, 4));
 
     // smc_clc_msg_decline, version 1: 28 bytes.
-    let golden = bytes(&[
-        SMCR,
-        "04 001c 10",
-        "0102030405060708",
-        "05000000",
-        "00000000",
-        SMCR,
-    ]);
+    let golden = bytes(&[SMCR, "04 001c 10", "0102030405060708", "05000000", "00000000", SMCR]);
     let expected = Decline {
         diagnosis: Diagnosis::PEERDECL,
         peer_id: [1, 2, 3, 4, 5, 6, 7, 8],
@@ -232,14 +222,8 @@ fn either_eyecatcher_stands_at_either_end() {
 
 #[test]
 fn other_kinds_of_smc_are_unsupported() {
-    let unsupported = |kind, version, typev1, typev2| {
-        Ok(Message::Unsupported {
-            kind,
-            version,
-            typev1,
-            typev2,
-        })
-    };
+    let unsupported =
+        |kind, version, typev1, typev2| Ok(Message::Unsupported { kind, version, typev1, typev2 });
     let with_flags = |mut message: Vec<u8>, flags: u8| {
         message[7] = flags;
         decode(&message)
@@ -262,31 +246,19 @@ fn other_kinds_of_smc_are_unsupported() {
     let mut accept_r = bytes(&[SMCR, "02 0044 10"]);
     accept_r.resize(64, 0xAA);
     accept_r.extend(bytes(&[SMCR]));
-    assert_eq!(
-        decode(&accept_r),
-        unsupported(MessageType::ACCEPT, 1, Mode::R, Mode::R)
-    );
+    assert_eq!(decode(&accept_r), unsupported(MessageType::ACCEPT, 1, Mode::R, Mode::R));
     // smcd_clc_msg_accept_confirm, version 1: 48 bytes.
     let mut confirm_v1 = bytes(&[SMCD, "03 0030 11"]);
     confirm_v1.resize(44, 0);
     confirm_v1.extend(bytes(&[SMCD]));
-    assert_eq!(
-        decode(&confirm_v1),
-        unsupported(MessageType::CONFIRM, 1, Mode::D, Mode::R)
-    );
+    assert_eq!(decode(&confirm_v1), unsupported(MessageType::CONFIRM, 1, Mode::D, Mode::R));
     // Nobody can choose "none" or "both".
     for (flags, found) in [(0x22, Mode::NONE), (0x23, Mode::BOTH)] {
         assert_eq!(
             with_flags(accept_bytes("02"), flags),
-            Err(InvalidMessage::BadMode {
-                kind: MessageType::ACCEPT,
-                found
-            })
+            Err(InvalidMessage::BadMode { kind: MessageType::ACCEPT, found })
         );
-        assert!(matches!(
-            with_flags(decline_bytes(), flags),
-            Err(InvalidMessage::BadMode { .. })
-        ));
+        assert!(matches!(with_flags(decline_bytes(), flags), Err(InvalidMessage::BadMode { .. })));
     }
 }
 
@@ -299,10 +271,7 @@ fn with(mut message: Vec<u8>, at: usize, new: &[u8]) -> Vec<u8> {
 #[test]
 fn every_fault_is_told_apart() {
     let cases: Vec<(Vec<u8>, &str)> = vec![
-        (
-            vec![],
-            "CLC message truncated: header at byte 0 needs 4 bytes, 0 are there",
-        ),
+        (vec![], "CLC message truncated: header at byte 0 needs 4 bytes, 0 are there"),
         (
             proposal_bytes()[..6].to_vec(),
             "CLC message truncated: message length at byte 5 needs 2 bytes, 1 are there",
@@ -311,10 +280,7 @@ fn every_fault_is_told_apart() {
             proposal_bytes()[..223].to_vec(),
             "CLC message truncated: message at byte 0 needs 224 bytes, 223 are there",
         ),
-        (
-            [proposal_bytes(), vec![0]].concat(),
-            "CLC message ends at byte 224, 1 bytes follow it",
-        ),
+        ([proposal_bytes(), vec![0]].concat(), "CLC message ends at byte 224, 1 bytes follow it"),
         (
             b"HTTP/1.1".to_vec(),
             "CLC header at byte 0 is 48 54 54 50, not the eyecatcher SMCR or SMCD",
@@ -323,26 +289,14 @@ fn every_fault_is_told_apart() {
             with(proposal_bytes(), 223, &[0]),
             "CLC trailer at byte 220 is e2 d4 c3 00, not the eyecatcher SMCR or SMCD",
         ),
-        (
-            with(proposal_bytes(), 4, &[9]),
-            "CLC message type 9 at byte 4 is unknown",
-        ),
+        (with(proposal_bytes(), 4, &[9]), "CLC message type 9 at byte 4 is unknown"),
         (
             with(proposal_bytes(), 5, &[0xFF, 0xFF]),
             "CLC Proposal: length 65535 at byte 5 is not in 28..=652",
         ),
-        (
-            with(proposal_bytes(), 7, &[0x06]),
-            "CLC message version at byte 7 is 0",
-        ),
-        (
-            with(proposal_bytes(), 38, &[0, 40]),
-            "CLC iparea_offset at byte 38 is 40, not 0",
-        ),
-        (
-            with(proposal_bytes(), 50, &[0, 29]),
-            "CLC v2_ext_offset at byte 50 is 29, not 28",
-        ),
+        (with(proposal_bytes(), 7, &[0x06]), "CLC message version at byte 7 is 0"),
+        (with(proposal_bytes(), 38, &[0, 40]), "CLC iparea_offset at byte 38 is 40, not 0"),
+        (with(proposal_bytes(), 50, &[0, 29]), "CLC v2_ext_offset at byte 50 is 29, not 28"),
         (
             with(proposal_bytes(), 50, &[0, 0]),
             "CLC Proposal has no v2 extension: its offset at byte 50 is 0",
@@ -367,10 +321,7 @@ fn every_fault_is_told_apart() {
             with(proposal_bytes(), 81, &[3]),
             "CLC Proposal: its header says 224 bytes, its contents make 234",
         ),
-        (
-            with(accept_bytes("02"), 24, &[1]),
-            "CLC DMB element at byte 24 is 1, not 0",
-        ),
+        (with(accept_bytes("02"), 24, &[1]), "CLC DMB element at byte 24 is 1, not 0"),
         (
             with(accept_bytes("03"), 7, &[0x21]),
             "CLC Confirm: its header says 130 bytes, its contents make 78",
@@ -379,10 +330,7 @@ fn every_fault_is_told_apart() {
             with(accept_bytes("02"), 75, &[0x20]),
             "CLC Accept: its header says 130 bytes, its contents make 114",
         ),
-        (
-            with(accept_bytes("02"), 7, &[0x22]),
-            "CLC Accept: mode none at byte 7 cannot be chosen",
-        ),
+        (with(accept_bytes("02"), 7, &[0x22]), "CLC Accept: mode none at byte 7 cannot be chosen"),
         (
             with(decline_bytes(), 7, &[0x10]),
             "CLC Decline: its header says 44 bytes, its contents make 28",
@@ -404,11 +352,8 @@ fn every_fault_is_told_apart() {
 
 #[test]
 fn missing_extensions_have_their_diagnoses() {
-    let diagnosis = |at, value: &[u8]| {
-        decode(&with(proposal_bytes(), at, value))
-            .unwrap_err()
-            .diagnosis()
-    };
+    let diagnosis =
+        |at, value: &[u8]| decode(&with(proposal_bytes(), at, value)).unwrap_err().diagnosis();
     assert_eq!(diagnosis(50, &[0, 0]), Some(Diagnosis::NOV2EXT));
     assert_eq!(diagnosis(86, &[0, 0]), Some(Diagnosis::NOV2DEXT));
     assert_eq!(diagnosis(86, &[0, 1]), None);
@@ -432,28 +377,17 @@ fn with_entries(entries: &[(u64, u16)]) -> Vec<u8> {
 #[test]
 fn lone_and_mismatched_entries_are_passed_over() {
     // af_smc.c, smc_find_ism_v2_device_serv.
-    let device = |chid, gid, gid_ext| Device {
-        chid: Chid(chid),
-        gid: Gid::from_halves(gid, gid_ext),
-    };
+    let device =
+        |chid, gid, gid_ext| Device { chid: Chid(chid), gid: Gid::from_halves(gid, gid_ext) };
     type Entries = &'static [(u64, u16)];
     let cases: [(Entries, &[Device]); 7] = [
         (&[], &[]),
         (&[(1, 0xFF00)], &[]),
         (&[(1, 0xFF00), (2, 0xFF01)], &[]),
-        (
-            &[(1, 0xFF00), (2, 0xFF01), (3, 0xFF01)],
-            &[device(0xFF01, 2, 3)],
-        ),
-        (
-            &[(1, 0xFF01), (2, 0xFF01), (3, 0xFF01)],
-            &[device(0xFF01, 1, 2)],
-        ),
+        (&[(1, 0xFF00), (2, 0xFF01), (3, 0xFF01)], &[device(0xFF01, 2, 3)]),
+        (&[(1, 0xFF01), (2, 0xFF01), (3, 0xFF01)], &[device(0xFF01, 1, 2)]),
         // A hardware device has one entry, and none is here.
-        (
-            &[(9, 0x07C0), (1, 0xFFFF), (2, 0xFFFF), (9, 0x07C0)],
-            &[device(0xFFFF, 1, 2)],
-        ),
+        (&[(9, 0x07C0), (1, 0xFFFF), (2, 0xFFFF), (9, 0x07C0)], &[device(0xFFFF, 1, 2)]),
         (
             &[(1, 0xFF01), (2, 0xFF01), (3, 0xFF01), (4, 0xFF01)],
             &[device(0xFF01, 1, 2), device(0xFF01, 3, 4)],
@@ -498,10 +432,7 @@ fn a_system_eid_needs_its_flag() {
     let golden = with_seid.encode();
     assert_eq!(golden[83], 0x11);
     assert_eq!(decode(&golden), Ok(Message::Proposal(with_seid)));
-    assert_eq!(
-        decode(&with(golden, 83, &[0x10])),
-        Ok(Message::Proposal(proposal()))
-    );
+    assert_eq!(decode(&with(golden, 83, &[0x10])), Ok(Message::Proposal(proposal())));
 }
 
 #[test]
@@ -518,8 +449,6 @@ fn too_many_devices_and_eids_are_not_sent() {
     let mut offer = proposal();
     offer.devices = vec![offer.devices[0]; 6];
     offer.eids = vec![Eid::DEFAULT; 12];
-    let Ok(Message::Proposal(sent)) = decode(&offer.encode()) else {
-        panic!()
-    };
+    let Ok(Message::Proposal(sent)) = decode(&offer.encode()) else { panic!() };
     assert_eq!((sent.devices.len(), sent.eids.len()), (4, 8));
 }

@@ -42,12 +42,8 @@ impl Random {
     }
 
     fn proposal(&mut self) -> Proposal {
-        let devices = (0..self.below(5))
-            .map(|_| Device {
-                chid: self.chid(),
-                gid: self.gid(),
-            })
-            .collect();
+        let devices =
+            (0..self.below(5)).map(|_| Device { chid: self.chid(), gid: self.gid() }).collect();
         let eids = (0..self.below(9)).map(|_| Eid(self.bytes())).collect();
         Proposal {
             devices,
@@ -198,8 +194,5 @@ fn no_bytes_make_the_decoder_panic() {
         }
     }
     // Both outcomes are there in numbers, so the mutations reach deep.
-    assert!(
-        messages > ROUNDS / 10 && errors > ROUNDS / 10,
-        "{messages} {errors}"
-    );
+    assert!(messages > ROUNDS / 10 && errors > ROUNDS / 10, "{messages} {errors}");
 }

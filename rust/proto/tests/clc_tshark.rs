@@ -20,10 +20,7 @@ enum From {
 }
 
 fn proposal(devices: usize, eids: &[Eid]) -> Vec<u8> {
-    let device = Device {
-        chid: Chid::of_region(UUID),
-        gid: Gid::of_slot(UUID, 5, 3),
-    };
+    let device = Device { chid: Chid::of_region(UUID), gid: Gid::of_slot(UUID, 5, 3) };
     Proposal::new(vec![device; devices], eids.to_vec()).encode()
 }
 
@@ -42,10 +39,7 @@ fn accept(first_contact: bool) -> AcceptConfirm {
 /// Writes the segments as a capture of one TCP connection; `None` if the tool is not there.
 fn capture(name: &str, segments: &[(From, Vec<u8>)]) -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (text, pcap) = (
-        folder.join(format!("{name}.txt")),
-        folder.join(format!("{name}.pcap")),
-    );
+    let (text, pcap) = (folder.join(format!("{name}.txt")), folder.join(format!("{name}.pcap")));
     let mut dump = String::new();
     for (from, bytes) in segments {
         dump.push_str(match from {
@@ -76,12 +70,7 @@ fn capture(name: &str, segments: &[(From, Vec<u8>)]) -> Option<PathBuf> {
 
 /// What tshark prints about a capture; `None` if it is not there.
 fn tshark(pcap: &Path, arguments: &[&str]) -> Option<String> {
-    let Ok(seen) = Command::new("tshark")
-        .arg("-r")
-        .arg(pcap)
-        .args(arguments)
-        .output()
-    else {
+    let Ok(seen) = Command::new("tshark").arg("-r").arg(pcap).args(arguments).output() else {
         eprintln!("skipped: tshark is not installed");
         return None;
     };
@@ -155,10 +144,7 @@ fn decline_path_and_the_shortest_messages() {
 #[test]
 fn a_message_in_two_segments() {
     let bytes = proposal(1, &[Eid::DEFAULT]);
-    let segments = [
-        (From::Client, bytes[..100].to_vec()),
-        (From::Client, bytes[100..].to_vec()),
-    ];
+    let segments = [(From::Client, bytes[..100].to_vec()), (From::Client, bytes[100..].to_vec())];
     let Some(pcap) = capture("segments", &segments) else {
         return;
     };

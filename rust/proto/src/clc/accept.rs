@@ -93,10 +93,7 @@ impl AcceptConfirm {
         match header.typev1 {
             Mode::D => Ok(header.version == super::VERSION),
             Mode::R => Ok(false),
-            found => Err(InvalidMessage::BadMode {
-                kind: header.kind,
-                found,
-            }),
+            found => Err(InvalidMessage::BadMode { kind: header.kind, found }),
         }
     }
 
@@ -109,11 +106,7 @@ impl AcceptConfirm {
         let at = reader.at();
         let element = reader.u8("DMB element")?;
         if element != 0 {
-            return Err(InvalidMessage::NotZero {
-                what: "DMB element",
-                at,
-                found: element,
-            });
+            return Err(InvalidMessage::NotZero { what: "DMB element", at, found: element });
         }
         let size_class = reader.u8("size class")? >> 4;
         reader.skip("reserved", 2)?;
@@ -123,10 +116,7 @@ impl AcceptConfirm {
         let gid_ext = reader.u64("gid_ext")?;
         let (first_contact, expected) = if header.flag() {
             let first_contact = FirstContact::decode(&mut reader)?;
-            (
-                Some(first_contact),
-                LENGTH + FirstContact::length(first_contact.release),
-            )
+            (Some(first_contact), LENGTH + FirstContact::length(first_contact.release))
         } else {
             (None, LENGTH)
         };
@@ -192,10 +182,7 @@ impl FirstContact {
     }
 
     fn encode(&self, body: &mut Writer) {
-        body.u8(0)
-            .u8(self.os.0 << 4 | self.release & 0xF)
-            .zeros(2)
-            .bytes(&self.hostname.0);
+        body.u8(0).u8(self.os.0 << 4 | self.release & 0xF).zeros(2).bytes(&self.hostname.0);
         if self.release != 0 {
             body.zeros(2).u16(self.feature_mask).zeros(12);
         }
@@ -215,12 +202,7 @@ impl FirstContact {
             reader.skip("reserved", 12)?;
             feature_mask
         };
-        Ok(FirstContact {
-            os: OsType(both >> 4),
-            release,
-            hostname,
-            feature_mask,
-        })
+        Ok(FirstContact { os: OsType(both >> 4), release, hostname, feature_mask })
     }
 }
 
@@ -234,10 +216,7 @@ impl Hostname {
     pub fn new(name: &str) -> Hostname {
         let mut bytes = [b' '; 32];
         for (byte, character) in bytes.iter_mut().zip(name.chars()) {
-            *byte = u8::try_from(character)
-                .ok()
-                .filter(u8::is_ascii_graphic)
-                .unwrap_or(b'?');
+            *byte = u8::try_from(character).ok().filter(u8::is_ascii_graphic).unwrap_or(b'?');
         }
         Hostname(bytes)
     }

@@ -75,11 +75,7 @@ impl Decline {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut body = Writer::default();
-        body.bytes(&self.peer_id)
-            .u32(self.diagnosis.0)
-            .u8(self.os.0 << 4)
-            .zeros(3)
-            .zeros(16);
+        body.bytes(&self.peer_id).u32(self.diagnosis.0).u8(self.os.0 << 4).zeros(3).zeros(16);
         frame(
             Eyecatcher::Smcr,
             MessageType::DECLINE,
@@ -95,10 +91,7 @@ impl Decline {
         mut reader: Reader<'_>,
     ) -> Result<Decline, InvalidMessage> {
         if !matches!(header.typev1, Mode::R | Mode::D) {
-            return Err(InvalidMessage::BadMode {
-                kind: header.kind,
-                found: header.typev1,
-            });
+            return Err(InvalidMessage::BadMode { kind: header.kind, found: header.typev1 });
         }
         let version_1 = header.version == 1;
         let expected = if version_1 { LENGTH_V1 } else { LENGTH_V2 };
@@ -117,11 +110,6 @@ impl Decline {
             reader.skip("further diagnoses", 16)?;
         }
         reader.finish()?;
-        Ok(Decline {
-            diagnosis,
-            peer_id,
-            os,
-            out_of_sync: header.flag(),
-        })
+        Ok(Decline { diagnosis, peer_id, os, out_of_sync: header.flag() })
     }
 }

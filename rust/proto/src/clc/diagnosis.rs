@@ -88,12 +88,7 @@ impl fmt::Display for Diagnosis {
 
 impl fmt::Debug for Diagnosis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Diagnosis(0x{:08x} {})",
-            self.0,
-            self.name().unwrap_or("?")
-        )
+        write!(f, "Diagnosis(0x{:08x} {})", self.0, self.name().unwrap_or("?"))
     }
 }
 
@@ -117,9 +112,6 @@ mod tests {
             Diagnosis::NOSMCD2DEV.to_string(),
             "NOSMCD2DEV (0x03030007): no matching SMC-Dv2 device"
         );
-        assert_eq!(
-            Diagnosis(0x7777_0000).to_string(),
-            "0x77770000: unknown diagnosis code"
-        );
+        assert_eq!(Diagnosis(0x7777_0000).to_string(), "0x77770000: unknown diagnosis code");
     }
 }

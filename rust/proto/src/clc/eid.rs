@@ -27,9 +27,8 @@ impl Eid {
             return Err(InvalidEid::Empty);
         }
         let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-');
-        if let Some((at, character)) = name
-            .char_indices()
-            .find(|(at, _)| bytes.get(*at).is_none_or(|byte| !allowed(byte)))
+        if let Some((at, character)) =
+            name.char_indices().find(|(at, _)| bytes.get(*at).is_none_or(|byte| !allowed(byte)))
         {
             return Err(InvalidEid::Character { at, character });
         }
@@ -41,9 +40,7 @@ impl Eid {
         }
         let mut eid = [b' '; Eid::LENGTH];
         eid.get_mut(..bytes.len())
-            .ok_or(InvalidEid::TooLong {
-                length: bytes.len(),
-            })?
+            .ok_or(InvalidEid::TooLong { length: bytes.len() })?
             .copy_from_slice(bytes);
         eid.make_ascii_uppercase();
         Ok(Eid(eid))
@@ -65,10 +62,7 @@ impl fmt::Debug for Eid {
 
 /// A blank- or zero-padded text without its padding.
 pub(super) fn padded(bytes: &[u8]) -> &[u8] {
-    let end = bytes
-        .iter()
-        .rposition(|byte| !matches!(byte, b' ' | 0))
-        .map_or(0, |last| last + 1);
+    let end = bytes.iter().rposition(|byte| !matches!(byte, b' ' | 0)).map_or(0, |last| last + 1);
     &bytes[..end]
 }
 
@@ -103,11 +97,7 @@ impl fmt::Display for InvalidEid {
         match *self {
             InvalidEid::Empty => f.write_str("an EID has at least one character"),
             InvalidEid::TooLong { length } => {
-                write!(
-                    f,
-                    "an EID has at most {} characters, not {length}",
-                    Eid::LENGTH
-                )
+                write!(f, "an EID has at most {} characters, not {length}", Eid::LENGTH)
             }
             InvalidEid::Start => f.write_str("an EID begins with a letter or a digit"),
             InvalidEid::TwoDots { at } => {
@@ -146,10 +136,7 @@ mod tests {
         assert_eq!(Eid::new("A B"), character(1, ' '));
         assert_eq!(Eid::new("AÄ"), character(1, 'Ä'));
         assert_eq!(Eid::new("A_"), character(1, '_'));
-        assert_eq!(
-            Eid::new(&"A".repeat(33)),
-            Err(InvalidEid::TooLong { length: 33 })
-        );
+        assert_eq!(Eid::new(&"A".repeat(33)), Err(InvalidEid::TooLong { length: 33 }));
     }
 
     #[test]

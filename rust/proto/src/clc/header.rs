@@ -45,14 +45,7 @@ impl Eyecatcher {
     ) -> Result<Eyecatcher, InvalidMessage> {
         let found = match bytes {
             [a, b, c, d, ..] => [*a, *b, *c, *d],
-            _ => {
-                return Err(InvalidMessage::Truncated {
-                    what,
-                    at,
-                    needed: 4,
-                    found: bytes.len(),
-                })
-            }
+            _ => return Err(InvalidMessage::Truncated { what, at, needed: 4, found: bytes.len() }),
         };
         [Eyecatcher::Smcr, Eyecatcher::Smcd]
             .into_iter()
@@ -156,11 +149,7 @@ impl Header {
         }
         let length = reader.u16("message length")?;
         if !(MIN_LENGTH..=MAX_LENGTH).contains(&usize::from(length)) {
-            return Err(InvalidMessage::LengthOutOfRange {
-                kind,
-                at: 5,
-                found: length,
-            });
+            return Err(InvalidMessage::LengthOutOfRange { kind, at: 5, found: length });
         }
         let flags = reader.u8("message flags")?;
         let version = flags >> 4;
@@ -248,16 +237,10 @@ mod tests {
         );
         for kind in [0, 5, 255] {
             let found = MessageType(kind);
-            assert_eq!(
-                with(4, kind),
-                Err(InvalidMessage::UnknownType { at: 4, found })
-            );
+            assert_eq!(with(4, kind), Err(InvalidMessage::UnknownType { at: 4, found }));
         }
-        let length = |found| InvalidMessage::LengthOutOfRange {
-            kind: MessageType::PROPOSAL,
-            at: 5,
-            found,
-        };
+        let length =
+            |found| InvalidMessage::LengthOutOfRange { kind: MessageType::PROPOSAL, at: 5, found };
         assert_eq!(with(6, 27), Err(length(27)));
         assert!(with(6, 28).is_ok());
         assert_eq!(with(5, 3), Err(length(3 * 256 + 224)));

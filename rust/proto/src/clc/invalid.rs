@@ -129,12 +129,7 @@ impl InvalidMessage {
 impl fmt::Display for InvalidMessage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            InvalidMessage::Truncated {
-                what,
-                at,
-                needed,
-                found,
-            } => write!(
+            InvalidMessage::Truncated { what, at, needed, found } => write!(
                 f,
                 "CLC message truncated: {what} at byte {at} needs {needed} bytes, {found} are there"
             ),
@@ -159,38 +154,21 @@ impl fmt::Display for InvalidMessage {
             InvalidMessage::VersionZero { at } => {
                 write!(f, "CLC message version at byte {at} is 0")
             }
-            InvalidMessage::WrongLength {
-                kind,
-                expected,
-                found,
-            } => write!(
-                f,
-                "CLC {kind}: its header says {found} bytes, its contents make {expected}"
-            ),
+            InvalidMessage::WrongLength { kind, expected, found } => {
+                write!(f, "CLC {kind}: its header says {found} bytes, its contents make {expected}")
+            }
             InvalidMessage::BadMode { kind, found } => {
                 write!(f, "CLC {kind}: mode {found} at byte 7 cannot be chosen")
             }
-            InvalidMessage::BadOffset {
-                what,
-                at,
-                expected,
-                found,
-            } => write!(f, "CLC {what} at byte {at} is {found}, not {expected}"),
-            InvalidMessage::MissingExtension { what, at, .. } => {
-                write!(
-                    f,
-                    "CLC Proposal has no {what}: its offset at byte {at} is 0"
-                )
+            InvalidMessage::BadOffset { what, at, expected, found } => {
+                write!(f, "CLC {what} at byte {at} is {found}, not {expected}")
             }
-            InvalidMessage::TooMany {
-                what,
-                at,
-                max,
-                found,
-            } => write!(
-                f,
-                "CLC Proposal: {found} {what} at byte {at}, at most {max} may be there"
-            ),
+            InvalidMessage::MissingExtension { what, at, .. } => {
+                write!(f, "CLC Proposal has no {what}: its offset at byte {at} is 0")
+            }
+            InvalidMessage::TooMany { what, at, max, found } => {
+                write!(f, "CLC Proposal: {found} {what} at byte {at}, at most {max} may be there")
+            }
             InvalidMessage::NotZero { what, at, found } => {
                 write!(f, "CLC {what} at byte {at} is {found}, not 0")
             }

@@ -108,10 +108,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message, InvalidMessage> {
         });
     }
     if bytes.len() > length {
-        return Err(InvalidMessage::TrailingBytes {
-            at: length,
-            count: bytes.len() - length,
-        });
+        return Err(InvalidMessage::TrailingBytes { at: length, count: bytes.len() - length });
     }
     let (body, trailer) = bytes.split_at(length - TRAILER_LENGTH);
     Eyecatcher::decode(trailer, "trailer", body.len())?;

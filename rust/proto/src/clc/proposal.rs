@@ -85,13 +85,7 @@ impl Proposal {
     /// An offer of this implementation.
     #[must_use]
     pub fn new(devices: Vec<Device>, eids: Vec<Eid>) -> Proposal {
-        Proposal {
-            devices,
-            eids,
-            seid: None,
-            release: RELEASE,
-            feature_mask: FEATURE_EMULATED_ISM,
-        }
+        Proposal { devices, eids, seid: None, release: RELEASE, feature_mask: FEATURE_EMULATED_ISM }
     }
 
     /// The EID to answer with: the first one offered that is among `ours`.
@@ -128,20 +122,13 @@ impl Proposal {
             body.bytes(&eid.0);
         }
 
-        body.bytes(&self.seid.map_or([0; 32], |seid| seid.0))
-            .zeros(16);
+        body.bytes(&self.seid.map_or([0; 32], |seid| seid.0)).zeros(16);
         for device in devices {
             let (gid, gid_ext) = device.gid.halves();
             body.u64(gid).u16(device.chid.0);
             body.u64(gid_ext).u16(device.chid.0);
         }
-        frame(
-            Eyecatcher::Smcr,
-            MessageType::PROPOSAL,
-            Mode::NONE,
-            Mode::D,
-            body.written(),
-        )
+        frame(Eyecatcher::Smcr, MessageType::PROPOSAL, Mode::NONE, Mode::D, body.written())
     }
 
     /// Only SMC-Dv2, with nothing else offered beside it.
@@ -231,10 +218,7 @@ fn devices_of(entries: &[(u64, Chid)]) -> Vec<Device> {
         if let [(gid_ext, second), after @ ..] = rest {
             if second == chid {
                 rest = after;
-                devices.push(Device {
-                    chid: *chid,
-                    gid: Gid::from_halves(*gid, *gid_ext),
-                });
+                devices.push(Device { chid: *chid, gid: Gid::from_halves(*gid, *gid_ext) });
             }
         }
     }
@@ -261,12 +245,7 @@ fn expect_offset(
     if found == expected {
         Ok(())
     } else {
-        Err(InvalidMessage::BadOffset {
-            what,
-            at,
-            expected,
-            found,
-        })
+        Err(InvalidMessage::BadOffset { what, at, expected, found })
     }
 }
 
@@ -277,11 +256,6 @@ fn count(what: &'static str, reader: &mut Reader<'_>, max: usize) -> Result<u8, 
     if usize::from(found) <= max {
         Ok(found)
     } else {
-        Err(InvalidMessage::TooMany {
-            what,
-            at,
-            max: max as u8,
-            found,
-        })
+        Err(InvalidMessage::TooMany { what, at, max: max as u8, found })
     }
 }

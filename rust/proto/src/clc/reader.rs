@@ -14,10 +14,7 @@ pub(super) struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// A reader over `bytes` whose first `at` are already read.
     pub(super) fn new(bytes: &'a [u8], at: usize) -> Reader<'a> {
-        Reader {
-            bytes,
-            at: at.min(bytes.len()),
-        }
+        Reader { bytes, at: at.min(bytes.len()) }
     }
 
     /// Offset in the message of what is read next.
