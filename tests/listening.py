@@ -64,7 +64,10 @@ def relay(listener: socket.socket, target: tuple[str, int]) -> Iterator[None]:
             sink.shutdown(socket.SHUT_WR)
 
     def serve() -> None:
-        near, _ = listener.accept()
+        try:
+            near, _ = listener.accept()
+        except OSError:
+            return  # nobody came
         with near, socket.create_connection(target) as far:
             back = threading.Thread(target=pump, args=(far, near))
             back.start()
@@ -76,4 +79,5 @@ def relay(listener: socket.socket, target: tuple[str, int]) -> Iterator[None]:
     try:
         yield
     finally:
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join()

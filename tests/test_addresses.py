@@ -2,7 +2,6 @@
 
 import socket
 from contextlib import suppress
-from typing import Any
 
 import pytest
 
@@ -22,18 +21,14 @@ def own_address(family: socket.AddressFamily) -> str:
     pytest.skip(f"this host has no {family.name} address but loopback")
 
 
-def own_link_local_address() -> tuple[Any, ...]:
-    """The address and the scope of an interface; skips where there is none."""
+def own_link_local_address() -> str:
+    """A link-local address with its interface; skips where there is none."""
     for _, name in socket.if_nameindex():
-        with suppress(OSError):
-            for found in socket.getaddrinfo(
-                f"ff02::1%{name}", 9, socket.AF_INET6, socket.SOCK_DGRAM
-            ):
-                with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp:
-                    udp.connect(found[4])
-                    address = udp.getsockname()
-                if address[0].startswith("fe80:"):
-                    return address
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp, suppress(OSError):
+            udp.connect(socket.getaddrinfo(f"ff02::1%{name}", 9, socket.AF_INET6)[0][4])
+            address = str(udp.getsockname()[0]).partition("%")[0]
+            if address.startswith("fe80:"):
+                return f"{address}%{name}"
     pytest.skip("this host has no link-local address")
 
 
@@ -108,10 +103,8 @@ def test_a_listener_of_another_address_is_not_found(device: str) -> None:
 @needs_ipv6
 def test_a_link_local_address_is_plain_tcp(device: str) -> None:
     """It means another host on every link, so it finds nobody in the directory."""
-    host, _, _, scope = own_link_local_address()
     with ivsmc.create_server(("::", 0), family=socket.AF_INET6, device=device) as listener:
-        name = f"{host.partition('%')[0]}%{socket.if_indextoname(scope)}"
-        check(listener, name, device, transport="tcp")
+        check(listener, own_link_local_address(), device, transport="tcp")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.7"])

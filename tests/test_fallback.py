@@ -89,8 +89,9 @@ def listening(
         if told and not isinstance(scene.address, str):
             server.send("accept")
         yield scene
-        with suppress(BrokenPipeError):  # it has ended by itself
+        with suppress(OSError, EOFError):  # it has ended by itself, or was killed
             server.send(None)
+            server.receive()
 
 
 @contextmanager
@@ -184,10 +185,14 @@ def full_region(
         at_listener = {"device": device, "buffer": listener_buffer}
         scene = opened.enter_context(listening({**arguments, **at_listener}, told=False))
         scene.arguments = {"device": device, "buffer": client_buffer}
-        while all(session.transport == "smc" for session in scene.held):
+        full = False
+        while not full:
             scene.server.send("hold")
-            scene.held.append(opened.enter_context(scene.connect()))
+            session = opened.enter_context(scene.connect())
+            scene.held.append(session)
             scene.server.receive()
+            reason = session.fallback_reason
+            full = reason is not None and reason.name == "REGION_FULL"
         scene.server.send("accept")
         yield scene
 
