@@ -50,4 +50,5 @@ __all__ = [
     "open_device",
 ]
 
-atexit.register(_native.shutdown)
+# As the kernel does with sockets: a process that ends is not to look killed to its peers.
+atexit.register(_native.close_all)

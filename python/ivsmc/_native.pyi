@@ -253,3 +253,6 @@ class Server:
 
 def shutdown() -> bool:
     """Leave every region if nothing is open; return whether that is so. A later connect returns."""
+
+def close_all() -> None:
+    """Close every session and listener on shared memory, leave every region: the process ends."""

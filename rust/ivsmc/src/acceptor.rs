@@ -498,6 +498,10 @@ enum Taken {
 struct Background(Arc<Acceptor>);
 
 impl Source for Background {
+    fn end(&self) {
+        self.0.close();
+    }
+
     fn ready(&self, _events: u32) {
         let acceptor = &self.0;
         loop {

@@ -24,6 +24,7 @@ mod reap;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use ivsmc_proto::clc::Eid;
@@ -58,6 +59,8 @@ pub(crate) struct Attachment {
     /// The background thread, once it looks after this attachment.
     reactor: OnceLock<Weak<Reactor>>,
     generation: u32,
+    /// The region was left.
+    left: AtomicBool,
 }
 
 /// What an attachment has, in numbers.
@@ -101,6 +104,7 @@ impl Attachment {
                     backing,
                     reactor: OnceLock::new(),
                     generation: fork::generation(),
+                    left: AtomicBool::new(false),
                 }))
             }
             Err(refused) => Err(backing.abandon(&mapping, refused)),
@@ -200,7 +204,14 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        if !self.is_current() {
+        self.leave();
+    }
+}
+
+impl Attachment {
+    /// Leaves the region, once; dropping does. Afterwards nothing of it may be used any more.
+    pub(crate) fn leave(&self) {
+        if !self.is_current() || self.left.swap(true, Ordering::AcqRel) {
             return;
         }
         let mapping = Arc::clone(self.region.memory());

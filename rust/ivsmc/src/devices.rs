@@ -189,6 +189,16 @@ impl DeviceTable {
         drop(entries);
     }
 
+    /// Leaves all regions, whoever still refers to an attachment: the process ends.
+    pub(crate) fn leave_all(&self) {
+        let entries = std::mem::take(&mut *lock(&self.entries));
+        for entry in entries.values() {
+            if let Some(attachment) = &lock(entry).attachment {
+                attachment.leave();
+            }
+        }
+    }
+
     fn attachment(
         &self,
         spec: &DeviceSpec,

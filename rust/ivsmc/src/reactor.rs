@@ -22,6 +22,8 @@ pub(crate) trait Source: Send + Sync {
     fn ready(&self, events: u32);
     /// A time asked for by [`Reactor::at`] has come. Runs on the background thread.
     fn expired(&self) {}
+    /// The process ends: what a user would close is to be closed now.
+    fn end(&self) {}
 }
 
 /// Names a source in the reactor; never reused.
@@ -112,6 +114,14 @@ impl Reactor {
         };
         if first {
             self.wake();
+        }
+    }
+
+    /// Tells every source that the process ends.
+    pub(crate) fn end_all(&self) {
+        let sources: Vec<_> = lock(&self.sources).values().cloned().collect();
+        for source in sources {
+            source.end();
         }
     }
 

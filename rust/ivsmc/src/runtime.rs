@@ -225,3 +225,18 @@ impl Drop for Lease {
 pub fn release_unused() -> bool {
     Runtime::current().map_or(true, Runtime::release_unused)
 }
+
+/// Closes every session and listener of this process that is on shared memory and leaves every
+/// region: what the kernel does for sockets when a process ends. To be called then; peers read
+/// what was sent, and the end of the stream.
+///
+/// A process that ends without it looks killed to its peers: they see a reset.
+pub fn close_all() {
+    let Ok(runtime) = Runtime::current() else { return };
+    let reactor = lock(&runtime.state).reactor.clone();
+    let Some(reactor) = reactor else { return };
+    reactor.end_all();
+    if !runtime.release_unused() {
+        runtime.devices.leave_all();
+    }
+}

@@ -47,10 +47,16 @@ pub(crate) fn open_device(py: Python<'_>, spec: &str) -> PyResult<Device> {
     Ok(Device { device })
 }
 
-/// Leaves every region, if nothing is open; for the end of the process.
+/// Leaves every region, if nothing is open.
 #[pyfunction]
 pub(crate) fn shutdown(py: Python<'_>) -> bool {
     py.detach(ivsmc::release_unused)
+}
+
+/// Closes every session and listener that is on shared memory and leaves every region.
+#[pyfunction]
+pub(crate) fn close_all(py: Python<'_>) {
+    py.detach(ivsmc::close_all);
 }
 
 /// One device this process is attached to.

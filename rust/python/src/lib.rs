@@ -23,7 +23,7 @@ mod _native {
     #[pymodule_export]
     use crate::connect::connect;
     #[pymodule_export]
-    use crate::device::{devices, open_device, shutdown, Device};
+    use crate::device::{close_all, devices, open_device, shutdown, Device};
     #[pymodule_export]
     use crate::server::Server;
     #[pymodule_export]
