@@ -1,6 +1,5 @@
 """A process that ends with sessions open ends as one with sockets does: its peers see the end."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,4 +50,4 @@ def test_the_last_one_to_end_gives_the_local_region_back(
     finally:
         for path in sorted(place.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-        os.rmdir(place)
+        place.rmdir()

@@ -35,5 +35,5 @@ pub use error::{Error, Result};
 pub use fallback::{Fallback, Reason, Side};
 pub use host::{Deadline, Host, Plain, Timeout};
 pub use listen::{ListenOptions, Listener, ListenerStats};
-pub use runtime::release_unused;
+pub use runtime::{close_all, release_unused};
 pub use session::{RecvFlags, Session, SessionStats, Shutdown};

@@ -427,9 +427,19 @@ impl Inner {
     pub(super) fn drained(&self, link: &Link, drained: Drained) {
         link.wakes_received.fetch_add(1, Ordering::Relaxed);
         if drained == Drained::Ended {
-            self.state.fetch_or(ENDED, Ordering::AcqRel);
+            self.ended(link);
         }
         self.settle(link);
+    }
+
+    /// The connection is over. Whoever sees it first, the background thread or one that waits,
+    /// has it looked whether the peer is dead.
+    fn ended(&self, link: &Link) {
+        if self.state.fetch_or(ENDED, Ordering::AcqRel) & ENDED == 0 {
+            if let Some(reactor) = self.reactor() {
+                link.look_after_the_dead(&reactor);
+            }
+        }
     }
 
     /// Makes the readiness descriptor, if there is one, show what is so.
@@ -508,18 +518,19 @@ pub(super) struct Watched {
 }
 
 impl Source for Watched {
+    fn end(&self) {
+        if let Some(inner) = self.inner.upgrade() {
+            inner.close();
+        }
+    }
+
     fn ready(&self, events: u32) {
         let Some(inner) = self.inner.upgrade() else { return };
         let Path::Smc(link) = &inner.path else { return };
         if events & (poll::RDHUP | poll::HUP | poll::ERR) != 0 {
-            let before = inner.state.fetch_or(ENDED, Ordering::AcqRel);
+            inner.ended(link);
             link.sleeper.wake_all();
             inner.settle(link);
-            if before & ENDED == 0 {
-                if let Some(reactor) = inner.reactor() {
-                    link.look_after_the_dead(&reactor);
-                }
-            }
         }
         if events & poll::IN != 0 {
             if let Ok(conn) = inner.conn() {
