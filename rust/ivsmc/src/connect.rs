@@ -15,7 +15,7 @@ use ivsmc_proto::clc::{
     AcceptConfirm, Diagnosis, Eid, FirstContact, Message, Proposal, MAX_DEVICES,
 };
 use ivsmc_proto::dmb::Token;
-use ivsmc_proto::host::Endpoint;
+use ivsmc_proto::host::{Endpoint, Ip};
 use ivsmc_proto::intent::{IntentKey, IntentRef, IntentState};
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
@@ -29,7 +29,8 @@ use crate::handshake::{self, Heard, Inbox, CLC_WAIT};
 use crate::host::{Deadline, Host, Timeout};
 use crate::runtime::{Lease, Runtime};
 use crate::session::Session;
-use crate::setup::{destination, Regions, Setup};
+use crate::setup::{Regions, Setup};
+use crate::source;
 use crate::spin;
 use crate::{Error, Result};
 
@@ -153,7 +154,7 @@ impl<H: Host> Connecting<'_, H> {
         if regions.attachments.is_empty() {
             return Ok(Err(regions.fallback()));
         }
-        let to = destination(self.address);
+        let to = self.destination();
         let candidates: Vec<_> = regions
             .attachments
             .iter()
@@ -177,6 +178,18 @@ impl<H: Host> Connecting<'_, H> {
             return Ok(Err(fallback));
         }
         Ok(Ok(candidates))
+    }
+
+    /// Where the connection goes, as the directory and the intents have it.
+    ///
+    /// `::` is loopback; 0.0.0.0 is the source address, or else loopback.
+    fn destination(&self) -> Endpoint {
+        let given = self.options.source.map(|source| source.ip());
+        let ip = match (self.address.ip(), given) {
+            (IpAddr::V4(any), Some(source)) if any.is_unspecified() => source,
+            (ip, _) => ip,
+        };
+        Endpoint { ip: Ip::from(ip).as_destination(), port: self.address.port() }
     }
 
     /// Tries for shared memory, in any of `candidates`, of which there is one.
@@ -263,18 +276,17 @@ impl<H: Host> Connecting<'_, H> {
                 None => ports.random()?,
             };
             let conn = net::tcp_socket(Family::of(&self.address))?;
-            // It stays set, also on a fallback: otherwise each connection would keep its port from
-            // others for as long as it is remembered after its end (TIME_WAIT).
-            net::set_option_int(&conn, net::SOL_SOCKET, net::SO_REUSEADDR, 1)?;
-            match net::bind(&conn, &source_socket(self.address, ip, port)) {
+            let chosen = match fixed {
+                Some(port) => source::bind(&conn, self.address, ip, port),
+                None => source::choose(&conn, self.address, ip, given.is_none(), port),
+            };
+            match chosen {
                 Ok(()) => {}
-                Err(error) if fixed.is_none() && is_taken(&error) => continue,
+                Err(error) if fixed.is_none() && source::is_taken(&error) => continue,
                 Err(error) => return Err(error.into()),
             }
-            let key = IntentKey {
-                client: Endpoint { ip: ip.into(), port },
-                server: destination(self.address),
-            };
+            let key =
+                IntentKey { client: Endpoint { ip: ip.into(), port }, server: self.destination() };
             let Some(intent) = Intent::publish(attachment, &key) else {
                 return local(
                     Reason::IntentsFull,
@@ -288,7 +300,7 @@ impl<H: Host> Connecting<'_, H> {
                     let _ = attachment.region().connected_intent(&intent.entry);
                     return Ok(Ok((conn, intent)));
                 }
-                Err(Error::Os(error)) if fixed.is_none() && is_taken(&error) => {}
+                Err(Error::Os(error)) if fixed.is_none() && source::is_taken(&error) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -393,7 +405,6 @@ impl<H: Host> Connecting<'_, H> {
         if !handshake::send(conn, &confirm.encode_confirm()) {
             return Ok(Exchanged::Failed("the Confirm could not be sent".into()));
         }
-        let attachment = Arc::clone(attachment);
         Ok(Exchanged::Shared(Box::new(Shared { tx, own, server })))
     }
 
@@ -449,6 +460,8 @@ impl<H: Host> Connecting<'_, H> {
         let conn = net::tcp_socket(Family::of(&self.address))?;
         if let Some(source) = &self.options.source {
             net::bind(&conn, source)?;
+        } else {
+            source::share(&conn)?;
         }
         let waits = self.deadline != Deadline::Never;
         if waits {
@@ -518,19 +531,6 @@ fn live_listener(attachment: &Attachment, to: Endpoint) -> Option<SlotRef> {
             return Some(listener);
         }
     }
-}
-
-fn source_socket(to: SocketAddr, ip: IpAddr, port: u16) -> SocketAddr {
-    match (to, ip) {
-        // A v6 socket names v4 addresses in v6 form.
-        (SocketAddr::V6(_), IpAddr::V4(v4)) => (v4.to_ipv6_mapped(), port).into(),
-        _ => (ip, port).into(),
-    }
-}
-
-/// Whether another socket has the address.
-fn is_taken(error: &io::Error) -> bool {
-    errno::is(error, errno::EADDRINUSE) || errno::is(error, errno::EADDRNOTAVAIL)
 }
 
 fn is_interruption(error: &Error) -> bool {

@@ -24,6 +24,7 @@ mod runtime;
 pub mod server;
 mod session;
 mod setup;
+mod source;
 mod spin;
 mod wait;
 
