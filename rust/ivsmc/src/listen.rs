@@ -78,8 +78,8 @@ pub struct Listener {
     /// `None` once closed. Locked rarely, and by forked children never for ever: see
     /// [`Listener::with_socket`].
     socket: Mutex<Option<Arc<OwnedFd>>>,
-    /// What accepts in the process that made this.
-    first: Option<Arc<Acceptor>>,
+    /// What accepts in the process that made this, and only locked there; `None` once closed.
+    first: Mutex<Option<Arc<Acceptor>>>,
 }
 
 /// How long a forked child tries for a lock that a thread of its parent may have held.
@@ -115,7 +115,7 @@ impl Listener {
             born: fork::generation(),
             listening,
             socket: Mutex::new(Some(socket)),
-            first: Some(first),
+            first: Mutex::new(Some(first)),
         })
     }
 
@@ -179,6 +179,11 @@ impl Listener {
                 acceptor.close();
             }
         }
+        if fork::is_current(self.born) {
+            // Nothing of it stays with a closed listener that somebody keeps.
+            let first = lock(&self.first).take();
+            drop(first);
+        }
         drop(socket);
     }
 
@@ -190,7 +195,7 @@ impl Listener {
     /// What accepts in this process.
     fn acceptor(&self) -> Result<Arc<Acceptor>> {
         if fork::is_current(self.born) {
-            return self.first.clone().ok_or(Error::Closed);
+            return lock(&self.first).clone().ok_or(Error::Closed);
         }
         Setup::current()?.acceptor(self.id, || {
             // Parent and child both accept.
@@ -230,7 +235,7 @@ impl Drop for Listener {
         }
         if !fork::is_current(self.born) {
             // Its parent may have been changing it when it forked: not even to be freed here.
-            std::mem::forget(self.first.take());
+            std::mem::forget(std::mem::take(&mut self.first));
         }
     }
 }
