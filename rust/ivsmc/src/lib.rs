@@ -28,8 +28,8 @@ mod source;
 mod spin;
 mod wait;
 
-pub use connect::{connect, ConnectOptions, Require};
 pub use attachment::AttachmentStats;
+pub use connect::{connect, ConnectOptions, Require};
 pub use device::Kind;
 pub use devices::{devices, open_device, Device, DeviceInfo, RegionInfo};
 pub use error::{Error, Result};

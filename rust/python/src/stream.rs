@@ -70,10 +70,12 @@ impl Stream {
     }
 
     fn wait(&self, flags: i32) -> PyResult<Timeout> {
-        if flags & MSG_DONTWAIT != 0 {
+        let seconds = self.seconds();
+        // As the socket module does: with a timeout its socket does not block anyway, and it waits.
+        if flags & MSG_DONTWAIT != 0 && seconds.is_none() {
             return Ok(Timeout::NonBlocking);
         }
-        timeout(self.seconds())
+        timeout(seconds)
     }
 
     /// Receives up to `bufsize` bytes as new `bytes`.
