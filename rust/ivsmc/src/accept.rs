@@ -1,6 +1,7 @@
 //! The accepting side of a set-up: one connection whose client announced an intent.
 //!
-//! The background thread runs it: nothing here waits. The stages, and what may come in each:
+//! The thread that accepts begins it, and ends it if the client is quick and no other one comes;
+//! else the background thread goes on, and never waits. The stages, and what may come in each:
 //!
 //! ```text
 //!   Announced --PENDING, ESTABLISHED: match--> Matched --COMMITTED--> Proposal --Accept--> Confirm
@@ -15,7 +16,8 @@
 //! sees this connection.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use ivsmc_proto::clc::{AcceptConfirm, Device, Diagnosis, Eid, FirstContact, Message, Proposal};
@@ -25,12 +27,13 @@ use ivsmc_proto::intent::{IntentRef, IntentState};
 use ivsmc_proto::ring::Consumer;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
-use ivsmc_shm::{net, poll};
+use ivsmc_shm::net;
+use ivsmc_shm::poll::{self, PollFd};
 
+use crate::acceptor::{Accepted, Acceptor};
 use crate::attachment::{Attachment, OwnDmb, PeerDmb};
 use crate::fallback::{Fallback, Reason, Side};
 use crate::handshake::{self, Heard, Inbox, Received, CLC_WAIT};
-use crate::listen::Acceptor;
 use crate::reactor::{lock, Key, Source};
 use crate::session::Session;
 use crate::spin;
@@ -41,6 +44,12 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Time between two looks at an intent whose client has not yet noticed that it is connected.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// How long a thread that accepts shakes hands itself: as long as a client takes that is awake.
+const HURRY: Duration = Duration::from_millis(2);
+
+/// Time between two looks at an intent meanwhile.
+const NAP: Duration = Duration::from_micros(50);
 
 /// A handshake in progress.
 pub(crate) struct Handshake {
@@ -96,24 +105,21 @@ enum End {
 pub(crate) struct Announcement {
     pub(crate) attachment: Arc<Attachment>,
     pub(crate) intent: IntentRef,
-    pub(crate) state: IntentState,
 }
 
 impl Handshake {
-    /// Takes over a connection whose client announced it, and the first steps.
+    /// Takes over a connection whose client announced it.
+    ///
+    /// With the listening `socket`, from a thread that has nothing else to do until the next
+    /// connection comes: then the handshake may be over at once, and its result is returned.
     pub(crate) fn start(
         acceptor: &Arc<Acceptor>,
         conn: Fd,
         peer: SocketAddr,
         announcement: Announcement,
-    ) {
-        let Announcement { attachment, intent, state } = announcement;
-        if state == IntentState::Announced {
-            // The client's connect() is about to return.
-            spin::fully(Deadline::Never, || {
-                attachment.region().intent_state(&intent) != Some(IntentState::Announced)
-            });
-        }
+        socket: Option<&OwnedFd>,
+    ) -> Option<Accepted> {
+        let Announcement { attachment, intent } = announcement;
         let handshake = Arc::new(Self {
             acceptor: Arc::clone(acceptor),
             key: OnceLock::new(),
@@ -130,32 +136,57 @@ impl Handshake {
         });
         let key = acceptor.reactor().register(Arc::clone(&handshake) as Arc<dyn Source>);
         let _ = handshake.key.set(key);
-        if acceptor.begin_handshake(key, &handshake) {
-            handshake.advance();
-        } else {
+        if !acceptor.begin_handshake(key, &handshake) {
             handshake.abort();
+            return None;
+        }
+        let result = handshake.go_on(lock(&handshake.work), socket)?;
+        acceptor.end_handshake(key, result)
+    }
+
+    /// Goes on, on the background thread.
+    fn advance(&self) {
+        if let (Some(result), Some(&key)) = (self.go_on(lock(&self.work), None), self.key.get()) {
+            self.acceptor.hand_out(key, result);
         }
     }
 
-    /// Goes on as far as it can.
-    pub(crate) fn advance(&self) {
-        let mut guard = lock(&self.work);
-        let Some(work) = guard.as_mut() else { return };
+    /// Looks at its deadline, and at an intent that may be withdrawn, on the background thread.
+    pub(crate) fn look(&self) {
+        // Whoever is at it looks as well; the background does not wait for that.
+        let Ok(guard) = self.work.try_lock() else { return };
+        if let (Some(result), Some(&key)) = (self.go_on(guard, None), self.key.get()) {
+            self.acceptor.hand_out(key, result);
+        }
+    }
+
+    /// Goes on as far as it can. The result, once there is one: a connection for the application,
+    /// or none.
+    fn go_on(
+        &self,
+        mut guard: MutexGuard<'_, Option<Work>>,
+        socket: Option<&OwnedFd>,
+    ) -> Option<Option<Accepted>> {
+        let hurry = socket.map(|socket| (socket, Instant::now() + HURRY));
+        let work = guard.as_mut()?;
         let end = loop {
             match work.step(&self.acceptor) {
                 Step::Again => {}
                 Step::Over(end) => break end,
-                Step::Wait => match self.keep_watch(work) {
-                    Ok(()) => return,
-                    Err(_) => break work.give_up(),
-                },
+                Step::Wait => {
+                    if hurry.is_some_and(|(socket, end)| work.rest(socket, end)) {
+                        continue;
+                    }
+                    match self.keep_watch(work) {
+                        Ok(()) => return None,
+                        Err(_) => break work.give_up(),
+                    }
+                }
             }
         };
-        let work = guard.take();
+        let work = guard.take()?;
         drop(guard);
-        if let Some(work) = work {
-            self.finish(work, end);
-        }
+        Some(self.finish(work, end))
     }
 
     /// Ends it without a result: the listener is being closed.
@@ -190,13 +221,13 @@ impl Handshake {
         }
     }
 
-    fn finish(&self, work: Work, end: End) {
+    fn finish(&self, work: Work, end: End) -> Option<Accepted> {
         self.leave_reactor(&work);
         if matches!(end, End::Closed) {
             work.close_intent();
         }
         let Work { conn, peer, .. } = work;
-        let result = match end {
+        match end {
             End::Closed => None,
             End::Plain(fallback) => Some(self.acceptor.plain(conn, peer, fallback)),
             End::Shared { own, tx, client } => {
@@ -204,9 +235,6 @@ impl Handshake {
                 // Without it, the client sees a connection that ended.
                 Session::smc(conn, tx, own, client, lease).ok().map(|session| Ok((session, peer)))
             }
-        };
-        if let Some(&key) = self.key.get() {
-            self.acceptor.end_handshake(key, result);
         }
     }
 }
@@ -242,6 +270,28 @@ impl Work {
 
     fn is_late(&self) -> bool {
         Instant::now() >= self.deadline
+    }
+
+    /// Waits a moment for the client; whether to go on at once. A connection that comes to the
+    /// listening `socket` goes first.
+    fn rest(&self, socket: &OwnedFd, end: Instant) -> bool {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        let nap = match self.stage {
+            Stage::Announced | Stage::Matched => {
+                let state = || self.attachment.region().intent_state(&self.intent);
+                let before = state();
+                if spin::fully(Deadline::At(end), || state() != before) {
+                    return true;
+                }
+                left.min(NAP)
+            }
+            Stage::Proposal | Stage::Confirm(_) => left,
+        };
+        let mut fds = [PollFd::new(&self.conn, poll::IN), PollFd::new(socket, poll::IN)];
+        poll::poll(&mut fds, Some(nap)).is_ok() && fds[1].revents() == 0
     }
 
     /// As it ends when it can go on no longer: before the client's commitment in plain TCP.

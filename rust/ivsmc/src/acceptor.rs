@@ -47,7 +47,7 @@ const SWEEP: Duration = Duration::from_millis(100);
 const ANY_KEY: u64 = 0;
 
 /// A finished connection, or why it may not be handed out.
-type Accepted = Result<(Session, SocketAddr)>;
+pub(crate) type Accepted = Result<(Session, SocketAddr)>;
 
 /// What accepts for a listener in one process.
 pub(crate) struct Acceptor {
@@ -218,7 +218,7 @@ impl Acceptor {
     pub(crate) fn accept(self: &Arc<Self>, timeout: Timeout, host: &impl Host) -> Accepted {
         if timeout == Timeout::NonBlocking {
             self.begin();
-            return host.blocking(|| self.next())?.ok_or(Error::WouldBlock);
+            return host.blocking(|| self.next(false))?.ok_or(Error::WouldBlock);
         }
         let deadline = timeout.deadline();
         let _inside = Inside::enter(self);
@@ -232,7 +232,7 @@ impl Acceptor {
 
     fn wait(self: &Arc<Self>, deadline: Deadline) -> Accepted {
         loop {
-            if let Some(found) = self.next()? {
+            if let Some(found) = self.next(true)? {
                 return Ok(found);
             }
             let (socket, room) = {
@@ -252,8 +252,8 @@ impl Acceptor {
         }
     }
 
-    /// The next connection that can be handed out now.
-    fn next(self: &Arc<Self>) -> Result<Option<(Session, SocketAddr)>> {
+    /// The next connection that can be handed out now; or a moment later, if the thread `waits`.
+    fn next(self: &Arc<Self>, waits: bool) -> Result<Option<(Session, SocketAddr)>> {
         loop {
             let socket = {
                 let mut state = lock(&self.state);
@@ -270,19 +270,16 @@ impl Acceptor {
                 }
                 socket
             };
-            match self.take(&socket) {
-                Ok(Taken::Nothing) => return Ok(None),
-                Ok(Taken::Plain(conn, peer)) => {
-                    return self.plain(conn, peer, self.unannounced()).map(Some);
-                }
-                Ok(Taken::Announced) => {}
-                Err(error) => return Err(error),
+            match self.take(&socket, waits)? {
+                Taken::Nothing => return Ok(None),
+                Taken::Connection(accepted) => return accepted.map(Some),
+                Taken::Announced => {}
             }
         }
     }
 
     /// Takes one connection from the socket.
-    fn take(self: &Arc<Self>, socket: &OwnedFd) -> Result<Taken> {
+    fn take(self: &Arc<Self>, socket: &OwnedFd, waits: bool) -> Result<Taken> {
         let (conn, peer) = match net::accept(socket) {
             Ok(accepted) => accepted,
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
@@ -290,13 +287,11 @@ impl Acceptor {
             }
             Err(error) => return Err(error.into()),
         };
-        match self.announcement(&conn, peer) {
-            Some(announcement) => {
-                Handshake::start(self, conn, peer, announcement);
-                Ok(Taken::Announced)
-            }
-            None => Ok(Taken::Plain(conn, peer)),
-        }
+        let Some(announcement) = self.announcement(&conn, peer) else {
+            return Ok(Taken::Connection(self.plain(conn, peer, self.unannounced())));
+        };
+        let result = Handshake::start(self, conn, peer, announcement, waits.then_some(socket));
+        Ok(result.map_or(Taken::Announced, Taken::Connection))
     }
 
     /// The intent of a client for the connection, in any region.
@@ -313,11 +308,8 @@ impl Acceptor {
         self.regions.iter().find_map(|attachment| {
             let (intent, state) = attachment.region().find_intent(&key)?;
             // Further on it is about a connection that somebody else has, or had.
-            matches!(state, IntentState::Announced | IntentState::Pending).then(|| Announcement {
-                attachment: Arc::clone(attachment),
-                intent,
-                state,
-            })
+            matches!(state, IntentState::Announced | IntentState::Pending)
+                .then(|| Announcement { attachment: Arc::clone(attachment), intent })
         })
     }
 
@@ -350,27 +342,46 @@ impl Acceptor {
         true
     }
 
-    /// A handshake is over, with a connection to hand out or without.
-    pub(crate) fn end_handshake(&self, key: Key, result: Option<Accepted>) {
+    /// A handshake is over; returns its connection, if the listener is still open.
+    pub(crate) fn end_handshake(&self, key: Key, result: Option<Accepted>) -> Option<Accepted> {
+        self.end_and(key, result, |_, accepted| Some(accepted))
+    }
+
+    /// A handshake is over; its connection is for the next who accepts.
+    pub(crate) fn hand_out(&self, key: Key, result: Option<Accepted>) {
+        self.end_and(key, result, |state, accepted| {
+            state.ready.push_back(accepted);
+            // Only a full counter fails, and that wakes as well.
+            let _ = self.ready.notify();
+            None
+        });
+    }
+
+    fn end_and(
+        &self,
+        key: Key,
+        result: Option<Accepted>,
+        deliver: impl FnOnce(&mut State, Accepted) -> Option<Accepted>,
+    ) -> Option<Accepted> {
         let mut state = lock(&self.state);
         let over = state.shaking.remove(&key);
-        let refused = match result {
-            Some(result) if state.socket.is_some() => {
-                if result.as_ref().is_ok_and(|(session, _)| session.is_smc()) {
-                    state.accepted_smc += 1;
-                }
-                state.ready.push_back(result);
-                // Only a full counter fails, and that wakes as well.
-                let _ = self.ready.notify();
-                None
+        let is_open = state.socket.is_some();
+        let mut delivered = None;
+        let mut refused = None;
+        match result {
+            Some(accepted) if is_open => {
+                let is_smc = accepted.as_ref().is_ok_and(|(session, _)| session.is_smc());
+                state.accepted_smc += u64::from(is_smc);
+                delivered = deliver(&mut state, accepted);
             }
-            other => other,
-        };
+            other => refused = other,
+        }
         self.settle(&mut state);
         drop(state);
         // Outside the lock: they close connections.
         drop(over);
         reset(refused);
+        delivered
     }
 
     /// The descriptor applications wait on.
@@ -490,7 +501,8 @@ fn reset(unaccepted: impl IntoIterator<Item = Accepted>) {
 /// What came from the socket.
 enum Taken {
     Nothing,
-    Plain(Fd, SocketAddr),
+    Connection(Accepted),
+    /// A handshake has begun.
     Announced,
 }
 
@@ -513,10 +525,10 @@ impl Source for Background {
                 state.socket.clone()
             };
             let Some(socket) = socket else { return };
-            let accepted = match acceptor.take(&socket) {
+            let accepted = match acceptor.take(&socket, false) {
                 Ok(Taken::Nothing) => return,
                 Ok(Taken::Announced) => continue,
-                Ok(Taken::Plain(conn, peer)) => acceptor.plain(conn, peer, acceptor.unannounced()),
+                Ok(Taken::Connection(accepted)) => accepted,
                 Err(_) => {
                     // Descriptors have run out, for instance: the next accept() says so.
                     acceptor.pause(&mut lock(&acceptor.state), ERROR_PAUSE);
@@ -551,7 +563,7 @@ impl Source for Background {
             }
         }
         for handshake in shaking {
-            handshake.advance();
+            handshake.look();
         }
     }
 }
