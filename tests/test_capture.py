@@ -132,21 +132,21 @@ def test_the_way_to_shared_memory(tmp_path: Path) -> None:
         assert shown.count(line) == count, f"{line} in\n{shown}"
 
 
-def test_the_way_back_to_tcp(tmp_path: Path) -> None:
+def test_the_way_back_to_tcp(tmp_path: Path, free_port: int) -> None:
     """The listener declines for want of a common EID; after that the stream is the programs'."""
     file = tmp_path / "decline.pcap"
-    with running(listen, LOOPBACK, {"IVSMC_EID": "BLUE"}, {}) as server:
-        address = server.receive()
+    address = ("127.0.0.1", free_port)
+    with captured(free_port, file), running(listen, address, {"IVSMC_EID": "BLUE"}, {}) as server:
+        assert server.receive() == address
         server.send("accept")
-        with captured(address[1], file):
-            with ivsmc.create_connection(address) as session:
-                assert question(session, PAYLOAD) == PAYLOAD
-                assert session.fallback_reason is not None
-                assert session.fallback_reason.name == "EID_MISMATCH"
+        with ivsmc.create_connection(address) as session:
+            assert question(session, PAYLOAD) == PAYLOAD
+            assert session.fallback_reason is not None
+            assert session.fallback_reason.name == "EID_MISMATCH"
         server.receive()
         server.send(None)
         server.receive()
-    assert messages(file, address[1]) == [("client", PROPOSAL), ("listener", DECLINE)]
+    assert messages(file, free_port) == [("client", PROPOSAL), ("listener", DECLINE)]
     assert tshark(file, "-Y", MALFORMED) == ""
     assert file.read_bytes().count(PAYLOAD) == 2
     shown = tshark(file, "-Y", "smc", "-O", "smc")
