@@ -37,7 +37,7 @@ def serve(pipe: Connection, device: str | None, cpu: int | None) -> None:
 
 
 def rate(connect: Callable[[], Any], batch: int) -> float:
-    """Connects per second of one batch."""
+    """Measure the connects per second of one batch."""
     begin = time.perf_counter()
     for _ in range(batch):
         with connect() as end:
