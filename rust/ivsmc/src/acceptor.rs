@@ -273,6 +273,8 @@ impl Acceptor {
             match self.take(&socket, waits)? {
                 Taken::Nothing => return Ok(None),
                 Taken::Connection(accepted) => return accepted.map(Some),
+                // A signal may have been what ended the thread's part of the handshake.
+                Taken::Announced if waits => return Err(Error::Interrupted),
                 Taken::Announced => {}
             }
         }
