@@ -5,7 +5,7 @@ Private: use the package ``ivsmc``. Exceptions are those of the socket module, o
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, final, overload
+from typing import Any, Literal, Self, final, overload
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 from typing_extensions import disjoint_base
@@ -228,6 +228,8 @@ class Device:
         """Look for dead peers now, take back what they had; return how many there were."""
     def close(self) -> None:
         """Let go of the device; the attachment ends with its last session. Idempotent."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
 
 @final
 class Server:
@@ -250,6 +252,8 @@ class Server:
         """Return path, region, size, vectors, the clients and how many came and went."""
     def close(self) -> None:
         """Stop: drop the clients and remove the socket. Idempotent."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
 
 def shutdown() -> bool:
     """Leave every region if nothing is open; return whether that is so. A later connect returns."""

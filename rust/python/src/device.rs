@@ -2,7 +2,7 @@
 
 use ivsmc::{DeviceInfo, RegionInfo};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyList, PyTuple};
 
 use crate::errors;
 
@@ -117,5 +117,14 @@ impl Device {
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.device.close()).map_err(|error| errors::to_python(py, error))
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) -> PyResult<()> {
+        self.close(py)
     }
 }

@@ -8,7 +8,7 @@ use ivsmc::server::{self, Backing, ServerOptions};
 use ivsmc::Timeout;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyList, PyTuple};
 
 use crate::errors;
 use crate::gil::Gil;
@@ -99,5 +99,14 @@ impl Server {
             server.handle().stop();
             py.detach(|| drop(server));
         }
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) {
+        self.close(py);
     }
 }
