@@ -204,9 +204,14 @@ impl Attachment {
     fn sweep_later(self: &Arc<Self>) {
         let Some(reactor) = self.reactor.get().and_then(Weak::upgrade) else { return };
         let attachment = Arc::downgrade(self);
-        retry(&reactor, SWEEP, move || match attachment.upgrade() {
-            Some(attachment) if attachment.sweep() => Tried::Again,
-            _ => Tried::Done,
+        retry(&reactor, SWEEP, move || {
+            let Some(attachment) = attachment.upgrade() else { return Tried::Done };
+            // A writer that does not let go may be dead.
+            if attachment.sweep() && (attachment.reap() == 0 || attachment.sweep()) {
+                Tried::Again
+            } else {
+                Tried::Done
+            }
         });
     }
 
