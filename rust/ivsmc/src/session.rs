@@ -46,6 +46,8 @@ const SEND_SHUT: u32 = 2;
 const RECV_SHUT: u32 = 4;
 /// The TCP connection is over: a hint to look at the ring's flags.
 const ENDED: u32 = 8;
+/// The peer's flags say that it closed: sending is to look at them, too.
+const PEER_CLOSED: u32 = 16;
 
 /// How to receive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -163,9 +165,10 @@ impl Session {
         }
     }
 
-    /// Whether this end called [`Session::close`].
+    /// Whether this end called [`Session::close`], or has left it to the parent of this process.
     pub fn is_closed(&self) -> bool {
-        self.inner.state.load(Ordering::Relaxed) & CLOSED != 0
+        !fork::is_current(self.inner.generation)
+            || self.inner.state.load(Ordering::Relaxed) & CLOSED != 0
     }
 
     /// Sends some of `from`, at least one byte unless it is empty; returns how many.

@@ -16,7 +16,7 @@ use ivsmc_shm::net::{self, MSG_DONTWAIT};
 use ivsmc_shm::poll;
 
 use super::ends::{Rx, Tx};
-use super::{Inner, Path, SessionStats, CLOSED, ENDED, RECV_SHUT, SEND_SHUT};
+use super::{Inner, Path, SessionStats, CLOSED, ENDED, PEER_CLOSED, RECV_SHUT, SEND_SHUT};
 use crate::attachment::{OwnDmb, PeerDmb};
 use crate::host::{Deadline, Host};
 use crate::reactor::{lock, Key, Reactor, Source};
@@ -274,6 +274,9 @@ impl Inner {
         }
         if state & CLOSED != 0 {
             return Err(Error::Closed);
+        }
+        if flags & (WRITER_CLOSED | WRITER_ABORTED) != 0 {
+            self.state.fetch_or(PEER_CLOSED, Ordering::AcqRel);
         }
         let clean = flags & WRITER_ABORTED == 0 && over;
         if !clean && (over || state & ENDED != 0) {
