@@ -19,14 +19,21 @@ async def connected(address: tuple[str, int], device: str) -> ivsmc.Session:
     return session
 
 
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.write_eof()
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
+class Echo:
+    """What a server does with each client, counted when it is done."""
+
+    def __init__(self) -> None:
+        self.served = asyncio.Semaphore(0)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+        writer.write_eof()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        self.served.release()
 
 
 def test_streams(device: str) -> None:
@@ -36,7 +43,8 @@ def test_streams(device: str) -> None:
         listener = ivsmc.create_server(LOOPBACK, device=device)
         address = listener.getsockname()
         listener.setblocking(False)
-        async with await asyncio.start_server(echo, sock=listener):
+        echo = Echo()
+        async with await asyncio.start_server(echo.serve, sock=listener):
             session = await connected(address, device)
             reader, writer = await asyncio.open_connection(sock=session)
             assert writer.get_extra_info("peername") == address
@@ -49,6 +57,7 @@ def test_streams(device: str) -> None:
             _, received = await asyncio.gather(send(), reader.read(-1))
             writer.close()
             await writer.wait_closed()
+            await echo.served.acquire()
             return received
 
     assert asyncio.run(main()) == content
@@ -95,7 +104,11 @@ def test_many_clients_of_one_server(device: str, clients: int) -> None:
     async def main() -> list[bytes]:
         listener = ivsmc.create_server(LOOPBACK, device=device)
         address = listener.getsockname()
-        async with await asyncio.start_server(echo, sock=listener):
-            return await asyncio.gather(*(ask(address, n) for n in range(clients)))
+        echo = Echo()
+        async with await asyncio.start_server(echo.serve, sock=listener):
+            answers = await asyncio.gather(*(ask(address, n) for n in range(clients)))
+            for _ in answers:
+                await echo.served.acquire()
+            return answers
 
     assert asyncio.run(main()) == [b"%d\n" % number for number in range(clients)]
