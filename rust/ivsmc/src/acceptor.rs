@@ -5,6 +5,8 @@
 //! no thread is inside, the background thread takes them, once this process has begun to accept.
 //! What is in hand (shaking hands, or a session nobody has fetched) is limited.
 
+mod background;
+
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -26,18 +28,17 @@ use crate::fallback::Fallback;
 use crate::handshake;
 use crate::host::{Deadline, Host, Timeout};
 use crate::listen::Listening;
-use crate::reactor::{lock, Key, Reactor, Source};
+use crate::reactor::{lock, Key, Reactor};
 use crate::runtime::{Lease, Runtime};
 use crate::session::Session;
 use crate::setup::{Regions, Setup};
 use crate::{Error, Result};
 
+use background::Background;
+
 /// The background begins to take connections this long after the last thread has left `accept`, so
 /// that a thread that accepts in a loop pays nothing for it.
 const TAKE_OVER: Duration = Duration::from_millis(2);
-
-/// How long the background leaves the socket alone after an error (descriptors have run out).
-const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 /// Time between two looks at the deadlines of handshakes.
 const SWEEP: Duration = Duration::from_millis(100);
@@ -506,68 +507,6 @@ enum Taken {
     Connection(Accepted),
     /// A handshake has begun.
     Announced,
-}
-
-/// The background thread's part; it may also be woken for nothing.
-struct Background(Arc<Acceptor>);
-
-impl Source for Background {
-    fn end(&self) {
-        self.0.close();
-    }
-
-    fn ready(&self, _events: u32) {
-        let acceptor = &self.0;
-        loop {
-            let socket = {
-                let state = lock(&acceptor.state);
-                if !state.watching || !acceptor.has_room(&state) {
-                    return;
-                }
-                state.socket.clone()
-            };
-            let Some(socket) = socket else { return };
-            let accepted = match acceptor.take(&socket, false) {
-                Ok(Taken::Nothing) => return,
-                Ok(Taken::Announced) => continue,
-                Ok(Taken::Connection(accepted)) => accepted,
-                Err(_) => {
-                    // Descriptors have run out, for instance: the next accept() says so.
-                    acceptor.pause(&mut lock(&acceptor.state), ERROR_PAUSE);
-                    return;
-                }
-            };
-            let mut state = lock(&acceptor.state);
-            if state.socket.is_none() {
-                return;
-            }
-            state.ready.push_back(accepted);
-            // Only a full counter fails, and that wakes as well.
-            let _ = acceptor.ready.notify();
-            acceptor.settle(&mut state);
-        }
-    }
-
-    fn expired(&self) {
-        let acceptor = &self.0;
-        let mut shaking = Vec::new();
-        {
-            let mut state = lock(&acceptor.state);
-            // A timer that was meant for something else ends a pause early, which does no harm.
-            state.paused = false;
-            acceptor.settle(&mut state);
-            if state.sweep.is_some_and(|when| when <= Instant::now()) {
-                state.sweep = None;
-                if !state.shaking.is_empty() {
-                    acceptor.sweep_later(&mut state);
-                    shaking.extend(state.shaking.values().cloned());
-                }
-            }
-        }
-        for handshake in shaking {
-            handshake.look();
-        }
-    }
 }
 
 /// A thread is inside `accept`.
