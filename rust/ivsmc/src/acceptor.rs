@@ -68,6 +68,9 @@ pub(crate) struct Acceptor {
     /// Readable once it is closed.
     closed: EventFd,
     state: Mutex<State>,
+    /// Held by the background while it has a connection that is not in `State` yet; taken before
+    /// `state`.
+    taking: Mutex<()>,
 }
 
 struct State {
@@ -153,6 +156,7 @@ impl Acceptor {
                 accepted_smc: 0,
                 accepted_tcp: 0,
             }),
+            taking: Mutex::default(),
             lease,
             listening,
         });
@@ -272,7 +276,13 @@ impl Acceptor {
                 socket
             };
             match self.take(&socket, waits)? {
-                Taken::Nothing => return Ok(None),
+                Taken::Nothing => {
+                    // Where the socket was readable, the background has been faster.
+                    drop(lock(&self.taking));
+                    if lock(&self.state).ready.is_empty() {
+                        return Ok(None);
+                    }
+                }
                 Taken::Connection(accepted) => return accepted.map(Some),
                 // A signal may have been what ended the thread's part of the handshake.
                 Taken::Announced if waits => return Err(Error::Interrupted),

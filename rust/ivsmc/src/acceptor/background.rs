@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Acceptor, Taken};
+use super::{reset, Acceptor, Taken};
 use crate::reactor::{lock, Source};
 
 /// How long the background leaves the socket alone after an error (descriptors have run out).
@@ -29,6 +29,7 @@ impl Source for Background {
                 state.socket.clone()
             };
             let Some(socket) = socket else { return };
+            let _taking = lock(&acceptor.taking);
             let accepted = match acceptor.take(&socket, false) {
                 Ok(Taken::Nothing) => return,
                 Ok(Taken::Announced) => continue,
@@ -41,6 +42,8 @@ impl Source for Background {
             };
             let mut state = lock(&acceptor.state);
             if state.socket.is_none() {
+                drop(state);
+                reset([accepted]);
                 return;
             }
             state.ready.push_back(accepted);
