@@ -3,6 +3,7 @@
 import errno
 import socket
 import threading
+import time
 import warnings
 import weakref
 from typing import Any
@@ -100,6 +101,25 @@ def test_close_wakes_a_thread_inside_recv(device: str) -> None:
         thread.join()
         assert [error.errno for error in caught] == [errno.EBADF]
         assert far.recv(1) == b""
+
+
+def test_one_that_gives_up_waiting_leaves_the_others_their_wake_up(device: str) -> None:
+    near, far = session_pair(device)
+    with near, far:
+        received: list[bytes] = []
+        patient = threading.Thread(target=lambda: received.append(near.recv(1)))
+        patient.start()
+        time.sleep(0.1)
+        near.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            near.recv(1)
+        far.sendall(b"x")
+        patient.join(5)
+        late = patient.is_alive()
+        if late:
+            near.close()
+            patient.join()
+        assert received == [b"x"] and not late
 
 
 def test_left_open_it_warns_and_closes(device: str) -> None:

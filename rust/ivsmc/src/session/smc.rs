@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
@@ -42,6 +42,8 @@ pub(super) struct Link {
     pub(super) tx: Mutex<Option<Tx>>,
     pub(super) rx: Mutex<Option<Rx>>,
     sleeper: Sleeper,
+    /// Threads that sleep for data, and for room: each direction has one wait word for all.
+    sleeping: [AtomicU32; 2],
     /// `ECONNRESET` was reported; like TCP, once.
     reset_told: AtomicBool,
     /// A readiness descriptor exists.
@@ -62,6 +64,7 @@ impl Link {
             tx: Mutex::new(Some(Tx::new(tx))),
             rx: Mutex::new(Some(Rx::new(rx))),
             sleeper: Sleeper::default(),
+            sleeping: Default::default(),
             reset_told: AtomicBool::new(false),
             armed: AtomicBool::new(false),
             readiness: Mutex::default(),
@@ -97,6 +100,14 @@ impl Link {
                 None => Tried::Done,
             }
         });
+    }
+
+    /// Threads that sleep for `direction`.
+    fn sleeping(&self, direction: Direction) -> &AtomicU32 {
+        match direction {
+            Direction::Receive { .. } => &self.sleeping[0],
+            Direction::Send { .. } => &self.sleeping[1],
+        }
     }
 
     /// The counters; `ours` unless it is the parent's session in a forked child, whose locks
@@ -312,8 +323,9 @@ impl Inner {
         }
     }
 
-    /// As [`Inner::concerns`], and sets the wait flag before it says no.
-    pub(super) fn arm(&self, link: &Link, direction: Direction) -> Result<bool> {
+    /// As [`Inner::concerns`], and sets the wait flag before it says no. `itself` counts the
+    /// caller among those that sleep for `direction`.
+    fn arm(&self, link: &Link, direction: Direction, itself: u32) -> Result<bool> {
         let there = match direction {
             Direction::Receive { least } => {
                 let mut rx = lock(&link.rx);
@@ -331,6 +343,10 @@ impl Inner {
                 tx.want_room(bytes)?
             }
         };
+        // That took the flag back, on which others may rely: they look and set it again.
+        if there && link.sleeping(direction).load(Ordering::SeqCst) > itself {
+            link.sleeper.wake_all();
+        }
         Ok(there || self.concerns(link, direction))
     }
 
@@ -361,16 +377,20 @@ impl Inner {
         Ok(())
     }
 
-    /// Takes the wait flag back: the thread that set it is awake.
-    pub(super) fn disarm(&self, link: &Link, direction: Direction) {
+    /// A thread that slept is awake: the last one takes the wait flag back.
+    fn disarm(&self, link: &Link, direction: Direction) {
+        // Under the lock under which others set the flag, after they were counted.
+        let is_last = || link.sleeping(direction).fetch_sub(1, Ordering::SeqCst) == 1;
         match direction {
             Direction::Receive { .. } => {
-                if let Some(rx) = lock(&link.rx).as_mut() {
+                let rx = lock(&link.rx);
+                if let (true, Some(rx)) = (is_last(), rx.as_ref()) {
                     rx.clear_wait();
                 }
             }
             Direction::Send { .. } => {
-                if let Some(tx) = lock(&link.tx).as_mut() {
+                let tx = lock(&link.tx);
+                if let (true, Some(tx)) = (is_last(), tx.as_ref()) {
                     tx.clear_wait();
                 }
             }
@@ -400,11 +420,12 @@ impl Inner {
                 let conn = self.conn()?;
                 let runtime = self.runtime().ok_or(Error::Closed)?;
                 link.sleeps.fetch_add(1, Ordering::Relaxed);
+                link.sleeping(direction).fetch_add(1, Ordering::SeqCst);
                 let slept = link.sleeper.sleep(
                     &conn,
                     runtime.bells(),
                     deadline,
-                    || self.arm(link, direction),
+                    || self.arm(link, direction, 1),
                     |drained| self.drained(link, drained),
                 );
                 self.disarm(link, direction);
@@ -456,7 +477,7 @@ impl Inner {
             readiness.set_readable(true);
         } else {
             readiness.set_readable(false);
-            if self.arm(link, ANY_DATA).unwrap_or(true) {
+            if self.arm(link, ANY_DATA, 0).unwrap_or(true) {
                 readiness.set_readable(true);
             }
         }
@@ -464,7 +485,7 @@ impl Inner {
             readiness.set_writable(true);
         } else {
             readiness.set_writable(false);
-            if self.arm(link, ANY_ROOM).unwrap_or(true) {
+            if self.arm(link, ANY_ROOM, 0).unwrap_or(true) {
                 readiness.set_writable(true);
             }
         }
