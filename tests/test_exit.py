@@ -32,6 +32,33 @@ def test_the_peer_reads_all_and_the_end(device: str) -> None:
             assert child.stdout.read().strip() == ("tcp" if device == "none" else "smc")
 
 
+WAITS_IN_DAEMONS = """
+import sys, threading, ivsmc
+
+def serve(session):
+    try:
+        session.recv(1)
+    except OSError:
+        # As one does who prints what happened.
+        for _ in range(300_000):
+            pass
+
+listener = ivsmc.create_server(("127.0.0.1", 0), device=sys.argv[1])
+for _ in range(4):
+    near = ivsmc.create_connection(listener.getsockname(), device=sys.argv[1])
+    far, _address = listener.accept()
+    for session in near, far:
+        threading.Thread(target=serve, args=(session,), daemon=True).start()
+"""
+
+
+def test_daemon_threads_that_wait_do_not_crash_it(device: str) -> None:
+    for _ in range(5):
+        arguments = [sys.executable, "-W", "ignore", "-c", WAITS_IN_DAEMONS, device]
+        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=False)
+        assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_the_last_one_to_end_gives_the_local_region_back(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use crate::address;
 use crate::connect::{buffer, require};
+use crate::detach::detach;
 use crate::errors;
 use crate::gil::{timeout, Gil};
 use crate::stream::{get_option, set_option, Handle};
@@ -43,8 +44,7 @@ impl Acceptor {
         let backlog = u32::try_from(backlog.max(1)).unwrap_or(u32::MAX);
         let options =
             ListenOptions { backlog, shared, device, require, buffer, ..ListenOptions::default() };
-        let listener = py
-            .detach(|| Listener::adopt(fd, options))
+        let listener = detach(py, || Listener::adopt(fd, options))
             .map_err(|error| errors::to_python(py, error))?;
         let family = address::family(&listener.local_addr());
         Ok(Self { listener, family, closed: AtomicBool::new(false) })
@@ -126,7 +126,7 @@ impl Acceptor {
 
     fn close(&self, py: Python<'_>) {
         if !self.closed.swap(true, Ordering::AcqRel) {
-            py.detach(|| self.listener.close());
+            detach(py, || self.listener.close());
         }
     }
 }

@@ -4,12 +4,13 @@ use ivsmc::{DeviceInfo, RegionInfo};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
+use crate::detach::detach;
 use crate::errors;
 
 /// The devices that connections use by default, one dict each.
 #[pyfunction]
 pub(crate) fn devices(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
-    let found = py.detach(ivsmc::devices).map_err(|error| errors::to_python(py, error))?;
+    let found = detach(py, ivsmc::devices).map_err(|error| errors::to_python(py, error))?;
     let list = PyList::empty(py);
     for info in found {
         list.append(describe(py, info)?)?;
@@ -43,20 +44,20 @@ pub(crate) fn uuid(value: u128) -> String {
 #[pyo3(signature = (spec, /))]
 pub(crate) fn open_device(py: Python<'_>, spec: &str) -> PyResult<Device> {
     let device =
-        py.detach(|| ivsmc::open_device(spec)).map_err(|error| errors::to_python(py, error))?;
+        detach(py, || ivsmc::open_device(spec)).map_err(|error| errors::to_python(py, error))?;
     Ok(Device { device })
 }
 
 /// Leaves every region, if nothing is open.
 #[pyfunction]
 pub(crate) fn shutdown(py: Python<'_>) -> bool {
-    py.detach(ivsmc::release_unused)
+    detach(py, ivsmc::release_unused)
 }
 
 /// Closes every session and listener that is on shared memory and leaves every region.
 #[pyfunction]
 pub(crate) fn close_all(py: Python<'_>) {
-    py.detach(ivsmc::close_all);
+    detach(py, ivsmc::close_all);
 }
 
 /// One device this process is attached to.
@@ -67,7 +68,7 @@ pub(crate) struct Device {
 
 impl Device {
     fn region(&self, py: Python<'_>) -> PyResult<RegionInfo> {
-        py.detach(|| self.device.region()).map_err(|error| errors::to_python(py, error))
+        detach(py, || self.device.region()).map_err(|error| errors::to_python(py, error))
     }
 }
 
@@ -112,11 +113,11 @@ impl Device {
     }
 
     fn reap(&self, py: Python<'_>) -> PyResult<usize> {
-        py.detach(|| self.device.reap()).map_err(|error| errors::to_python(py, error))
+        detach(py, || self.device.reap()).map_err(|error| errors::to_python(py, error))
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.device.close()).map_err(|error| errors::to_python(py, error))
+        detach(py, || self.device.close()).map_err(|error| errors::to_python(py, error))
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

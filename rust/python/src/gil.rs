@@ -8,6 +8,7 @@ use ivsmc_shm::thread;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::detach::detach;
 use crate::errors;
 
 /// The host of one call: holds what a signal handler raised during it.
@@ -33,7 +34,7 @@ impl<'py> Gil<'py> {
 impl Host for Gil<'_> {
     #[inline]
     fn blocking<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        self.py.detach(f)
+        detach(self.py, f)
     }
 
     fn interrupted(&self) -> Result<()> {

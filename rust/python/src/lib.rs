@@ -1,13 +1,14 @@
 //! The native module `ivsmc._native`: the runtime's classes for Python, without logic of their own.
 //!
 //! Waiting and long copies run without the GIL, everything else with it. The only `unsafe` is
-//! where Python lends and takes memory (`memory`).
+//! where Python lends and takes memory (`memory`) and the GIL (`detach`).
 
 use pyo3::prelude::*;
 
 mod acceptor;
 mod address;
 mod connect;
+mod detach;
 mod device;
 mod errors;
 mod gil;

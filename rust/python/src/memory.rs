@@ -1,6 +1,6 @@
 //! Memory that Python lends: buffers to send from and to receive into, and new `bytes`.
 //!
-//! The only unsafe code of this crate. What Python guarantees for an exported buffer is that its
+//! What Python guarantees for an exported buffer is that its
 //! memory stays where it is until it is released; another thread may still change the bytes of a
 //! mutable one meanwhile, as it may under `socket.send`. Such bytes only ever go through the
 //! kernel or the opaque copy into a ring, never through Rust code that would rely on them.

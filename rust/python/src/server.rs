@@ -10,6 +10,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
+use crate::detach::detach;
 use crate::errors;
 use crate::gil::Gil;
 
@@ -44,8 +45,7 @@ impl Server {
             Some(path) => Backing::File { path, size: Some(size) },
         };
         let options = ServerOptions { mode, backing, vectors, ..ServerOptions::new(path) };
-        let server = py
-            .detach(|| server::Server::new(options))
+        let server = detach(py, || server::Server::new(options))
             .map_err(|error| errors::to_python(py, error))?;
         Ok(Self { open: Mutex::new(Some(Arc::new(server))) })
     }
@@ -97,7 +97,7 @@ impl Server {
         let server = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(server) = server {
             server.handle().stop();
-            py.detach(|| drop(server));
+            detach(py, || drop(server));
         }
     }
 

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyTuple};
 
 use crate::address;
+use crate::detach::detach;
 use crate::errors;
 use crate::gil::{timeout, Gil};
 use crate::memory::{new_bytes, Sink, Source};
@@ -418,7 +419,7 @@ impl Stream {
 
     fn _close(&self, py: Python<'_>) {
         // It takes locks that a thread without the GIL may hold for a copy.
-        py.detach(|| self.session.close());
+        detach(py, || self.session.close());
     }
 }
 
