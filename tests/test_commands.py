@@ -1,5 +1,6 @@
 """The command line: nc both ways, bench, devices, server, and their mistakes."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -117,10 +118,13 @@ def test_nc_gives_up(free_port: int) -> None:
         (["nc", "a", "b", "9000"], "HOST PORT is needed"),
         (["nc", "host", "http"], "not a port: 'http'"),
         (["nc", "-l", "70000"], "not a port: '70000'"),
+        (["nc", "a..b", "80"], "not a host: 'a..b'"),
         (["nc", "--timeout", "-1", "host", "1"], "'-1' is not in"),
         (["bench", "--bytes", "much"], "not a size: 'much'"),
         (["bench", "--transports", "ivsmc,carrier"], "unknown transport 'carrier'"),
         (["server", "--vectors", "0"], "'0' is not in"),
+        (["server", "--mode", "999"], "not permissions: '999'"),
+        (["server", "--size", "99999999999G"], "more than any file can hold"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required"),
     ],
@@ -185,3 +189,48 @@ def test_a_second_server_on_one_socket(device_specs: dict[str, str]) -> None:
     result = command("server", path)
     assert result.returncode == 1
     assert path in result.stderr
+
+
+def test_a_server_takes_the_size_of_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "region"
+    with file.open("wb") as region:
+        region.truncate(2 << 20)
+    arguments = ["server", "--file", str(file), str(tmp_path / "socket")]
+    with subprocess.Popen([*IVSMC, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "region of 2097152 bytes, 1 vector a peer" in process.stderr.readline()
+        process.terminate()
+    assert process.returncode == 0
+
+
+def test_a_path_that_cannot_be_made_is_named() -> None:
+    result = command("server", "/proc/nowhere/socket")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "ivsmc: /proc/nowhere: No such file or directory\n",
+    )
+
+
+def test_output_that_cannot_be_written() -> None:
+    """One line, whether the output is buffered or not."""
+    environment = {name: value for name, value in os.environ.items() if "UNBUFFERED" not in name}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*IVSMC, "devices"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=environment,
+        )
+    assert (result.returncode, result.stderr) == (1, "ivsmc: No space left on device\n")
+
+
+def test_devices_when_switched_off() -> None:
+    result = command("devices", env={**os.environ, "IVSMC_DEVICE": "none"})
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "switched off" in result.stdout
+
+
+def test_version() -> None:
+    assert command("--version").stdout == f"{importlib.metadata.version('ivsmc')}\n"

@@ -1,6 +1,8 @@
 """The command ``ivsmc``, also ``python -m ivsmc``."""
 
 import argparse
+import contextlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -15,16 +17,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="ivsmc",
         description="Stream sessions over ivshmem shared memory, with TCP fallback.",
     )
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("ivsmc"))
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (bench, devices, nc, server):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        if sys.stdout is not None:  # started with it closed
+            sys.stdout.flush()  # now, while what goes wrong can still be told in one line
+        return status
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        print(f"ivsmc: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"ivsmc: {where}{error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(AttributeError, OSError):
+            sys.stdout.close()  # what it did not take is not tried again at exit
         return 1
 
 

@@ -20,7 +20,10 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"not a size: {text!r} (such as 4096, 64K, 256M, 2G)")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    value = int(match[1]) * _UNITS[match[2].upper()]
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than any file can hold")
+    return value
 
 
 def bounded(low: float, high: float, kind: type[int] | type[float] = int) -> "type[int]":

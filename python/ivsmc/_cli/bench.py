@@ -56,9 +56,9 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print."""
-    transports = options.transports.split(",")
+    transports = list(dict.fromkeys(options.transports.split(",")))
     if unknown := [name for name in transports if name not in measure.TRANSPORTS]:
-        options.parser.error(f"unknown transport {unknown[0]!r}; known: {measure.TRANSPORTS}")
+        options.parser.error(f"unknown transport {unknown[0]!r}; known: {', '.join(_LABELS)}")
     plan = measure.Plan(
         message=64,
         round_trips=options.round_trips,
@@ -148,7 +148,7 @@ def _table(report: dict[str, Any]) -> str:
         return "-" if value is None else f"{value:.1f} x"
 
     lines = [
-        f"{'':18}  {'round trip, 64 B':^30}  {'stream, 64 KiB blocks':^22}",
+        f"{'':18}  {'round trip, 64 B':^30}  {'stream, 64 KiB blocks':>21}",
         f"{'':18}  {'p50 us':>9} {'p99 us':>9} {'to TCP':>10}  {'GB/s':>9} {'to TCP':>10}",
     ]
     notes = []

@@ -9,7 +9,12 @@ from ivsmc._cli.arguments import Commands
 
 def add_parser(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser("devices", help="list the devices found and what they are worth")
+    parser = commands.add_parser(
+        "devices",
+        help="list the devices found and what they are worth",
+        description="List the devices that IVSMC_DEVICE names, else those found: local and every "
+        "/run/ivsmc/*.sock. The status is 0 if one of them is usable, else 1.",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.set_defaults(run=run)
 
@@ -24,9 +29,11 @@ def run(options: argparse.Namespace) -> int:
             (str(device["spec"]), "yes" if device["usable"] else "no", _detail(device))
             for device in found
         ]
-        width = max((len(spec) for spec, _, _ in rows), default=0)
-        width = max(width, len("DEVICE"))
-        print(f"{'DEVICE':{width}}  USABLE  ")
+        if not rows:
+            print('no devices: shared memory is switched off (IVSMC_DEVICE is "none")')
+            return 1
+        width = max(len("DEVICE"), *(len(spec) for spec, _, _ in rows))
+        print(f"{'DEVICE':{width}}  USABLE")
         for spec, usable, detail in rows:
             print(f"{spec:{width}}  {usable:6}  {detail}")
     return 0 if any(device["usable"] for device in found) else 1
@@ -34,6 +41,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _detail(device: dict[str, object]) -> str:
     if not device["usable"]:
-        return str(device["reason"])
+        return str(device["reason"]).removeprefix(f"device {device['spec']}: ")
     known = {key: device.get(key) for key in ("size", "region", "slot", "peers")}
     return ", ".join(f"{key} {value}" for key, value in known.items() if value is not None)

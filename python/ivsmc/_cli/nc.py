@@ -49,7 +49,12 @@ def _address(options: argparse.Namespace) -> tuple[str, int]:
         options.parser.error("HOST PORT is needed (with -l, [HOST] PORT)")
     if not port.isdecimal() or int(port) > 65535:
         options.parser.error(f"not a port: {port!r}")
-    return (hosts[0] if hosts else ""), int(port)
+    host = hosts[0] if hosts else ""
+    try:
+        host.encode("idna")  # what the resolver is asked for
+    except UnicodeError:
+        options.parser.error(f"not a host: {host!r}")
+    return host, int(port)
 
 
 def _open(options: argparse.Namespace, host: str, port: int) -> ivsmc.Session:
@@ -90,7 +95,7 @@ def _copy_both_ways(session: ivsmc.Session) -> int:
     if not os.isatty(0):  # nobody types: there is an end of input to wait for
         sender.join()
     if failure:
-        _say(str(failure[0]))
+        _say(failure[0].strerror or str(failure[0]))
         return 1
     return 0
 

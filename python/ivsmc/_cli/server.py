@@ -1,6 +1,7 @@
 """``ivsmc server``: the ivshmem server that VMs and host processes share a region through."""
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import ivsmc
 from ivsmc._cli.arguments import Commands, bounded, size
 
 _DEFAULT_SOCKET = "/run/ivsmc/ivs0.sock"
+_DEFAULT_SIZE = 256 << 20
 _POLL_SECONDS = 60.0
 """Signals end a poll at once; this bounds one whose signal came just before it."""
 
@@ -19,25 +21,36 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "server",
         help="run an ivshmem server",
-        description="Run an ivshmem server (QEMU's protocol). Host processes and containers use "
-        "it as device host:PATH, VMs as -chardev socket,path=PATH,id=ivs -device "
-        "ivshmem-doorbell,chardev=ivs. Who may open the socket may read and write the region.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Run an ivshmem server (QEMU's protocol) until SIGINT or SIGTERM. Host processes
+and containers use it as the device host:PATH, VMs with
+
+  -chardev socket,path=PATH,id=ivs -device ivshmem-doorbell,chardev=ivs
+
+Who may open the socket may read and write the region.""",
     )
     parser.add_argument(
         "path", nargs="?", default=_DEFAULT_SOCKET, help="the Unix socket (default: %(default)s)"
     )
     parser.add_argument(
-        "--size", type=size, default=size("256M"), help="region in bytes, K, M or G (default: 256M)"
+        "--size",
+        type=size,
+        help="region in bytes, K, M or G (default: that of FILE where there is one, else 256M)",
     )
     parser.add_argument(
-        "--vectors", type=bounded(1, 255), default=1, help="interrupts per peer (default: 1)"
+        "--vectors",
+        type=bounded(1, 255),
+        default=1,
+        metavar="N",
+        help="interrupts per peer (default: 1)",
     )
     parser.add_argument(
         "--file", help="file that holds the region (default: anonymous sealed memory)"
     )
     parser.add_argument(
         "--mode",
-        type=lambda text: int(text, 8),
+        type=_permissions,
         default=0o600,
         help="permissions of the socket, octal (default: 600)",
     )
@@ -50,15 +63,16 @@ def run(options: argparse.Namespace) -> int:
     Path(options.path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     server = ivsmc.Server(
         options.path,
-        size=options.size,
+        size=_size(options),
         vectors=options.vectors,
         file=options.file,
         mode=options.mode,
     )
     try:
         print(
-            f"ivsmc server: listening on {options.path}, region of {options.size} bytes, "
-            f"{options.vectors} vectors a peer",
+            f"ivsmc server: listening on {options.path}, "
+            f"region of {server.status()['size']} bytes, "
+            f"{options.vectors} vector{'s' if options.vectors > 1 else ''} a peer",
             file=sys.stderr,
             flush=True,
         )
@@ -68,6 +82,19 @@ def run(options: argparse.Namespace) -> int:
         return 0
     finally:
         server.close()
+
+
+def _permissions(text: str) -> int:
+    if not re.fullmatch("[0-7]{1,4}", text) or int(text, 8) > 0o777:
+        raise argparse.ArgumentTypeError(f"not permissions: {text!r} (octal, such as 660)")
+    return int(text, 8)
+
+
+def _size(options: argparse.Namespace) -> int:
+    if options.size is not None:
+        return int(options.size)
+    file = Path(options.file) if options.file else None
+    return (file.stat().st_size if file and file.is_file() else 0) or _DEFAULT_SIZE
 
 
 def _log(event: str) -> None:
