@@ -35,8 +35,9 @@ def create_connection(
     seconds is for each of them and stays set on the session, ``all_errors`` raises an
     ``ExceptionGroup`` instead of the last error.
 
-    ``device`` names the device to use, or several with commas; ``"none"`` is plain TCP; None
-    takes ``IVSMC_DEVICE``, else what is found. ``require="smc"`` raises ``SMCRequired`` instead
+    ``device`` names the device to use, or several with commas (``DeviceError`` if one of them
+    cannot be used); ``"none"`` is plain TCP; None takes ``IVSMC_DEVICE``, else what is found,
+    and passes over what cannot be used. ``require="smc"`` raises ``SMCRequired`` instead
     of falling back to TCP. ``buffer`` is the size in bytes of the buffer the peer writes into
     (rounded up to a power of two, 16 KiB to 1 MiB).
     """
