@@ -74,16 +74,19 @@ impl Device {
 
 #[pymethods]
 impl Device {
+    /// The spec, as given to ``open_device``.
     #[getter]
     fn spec(&self) -> &str {
         self.device.spec()
     }
 
+    /// ``local``, ``file`` or ``host``.
     #[getter]
     fn kind(&self) -> &'static str {
         self.device.kind().name()
     }
 
+    /// Return counters of this process's attachment.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let region = self.region(py)?;
         let dict = PyDict::new(py);
@@ -99,6 +102,7 @@ impl Device {
         Ok(dict)
     }
 
+    /// Return what is in use in the region: slots, listeners, intents, extents, DMBs.
     fn census<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let census = self.region(py)?.census;
         let dict = PyDict::new(py);
@@ -112,10 +116,12 @@ impl Device {
         Ok(dict)
     }
 
+    /// Look for dead peers now, take back what they had; return how many there were.
     fn reap(&self, py: Python<'_>) -> PyResult<usize> {
         detach(py, || self.device.reap()).map_err(|error| errors::to_python(py, error))
     }
 
+    /// Let go of the device; the attachment ends with its last session. Idempotent.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         detach(py, || self.device.close()).map_err(|error| errors::to_python(py, error))
     }

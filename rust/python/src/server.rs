@@ -50,6 +50,9 @@ impl Server {
         Ok(Self { open: Mutex::new(Some(Arc::new(server))) })
     }
 
+    /// Serve clients for at most ``poll`` seconds, running signal handlers; then return.
+    ///
+    /// ``log`` is called with one line for each client that joins, leaves or is turned away.
     #[pyo3(signature = (poll, /, log = None))]
     fn serve(&self, py: Python<'_>, poll: f64, log: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let server = self.server()?;
@@ -68,6 +71,7 @@ impl Server {
         }
     }
 
+    /// Return path, region, size, vectors, the clients and how many came and went.
     fn status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let status = self.server()?.status().map_err(|error| errors::to_python(py, error))?;
         let clients = PyList::empty(py);
@@ -93,6 +97,7 @@ impl Server {
         Ok(dict)
     }
 
+    /// Stop: drop the clients and remove the socket. Idempotent.
     fn close(&self, py: Python<'_>) {
         let server = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(server) = server {
