@@ -1,6 +1,7 @@
 """What a session has beyond a socket, and what it refuses by name."""
 
 import errno
+import signal
 import socket
 import threading
 import time
@@ -120,6 +121,27 @@ def test_one_that_gives_up_waiting_leaves_the_others_their_wake_up(device: str) 
             near.close()
             patient.join()
         assert received == [b"x"] and not late
+
+
+def test_what_a_signal_handler_raises_is_not_lost_between_two_buffers(device: str) -> None:
+    class Raised(Exception):
+        pass
+
+    def handler(_signal: int, _frame: object) -> None:
+        raise Raised
+
+    near, far = session_pair(device)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with near, far:
+            far.sendall(b"full")
+            near.settimeout(10)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(Raised):
+                near.recvmsg_into([bytearray(4), bytearray(4)], 0, socket.MSG_WAITALL)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_left_open_it_warns_and_closes(device: str) -> None:

@@ -137,31 +137,37 @@ impl Stream {
         Ok(Self { session, family, timeout: AtomicU64::new(f64::NAN.to_bits()) })
     }
 
+    /// Address family of the TCP connection.
     #[getter]
     fn family(&self) -> i32 {
         self.family
     }
 
+    /// ``SOCK_STREAM``.
     #[getter(r#type)]
     fn kind(&self) -> i32 {
         SOCK_STREAM
     }
 
+    /// ``IPPROTO_TCP``.
     #[getter]
     fn proto(&self) -> i32 {
         IPPROTO_TCP
     }
 
+    /// Seconds a call waits.
     #[getter(timeout)]
     fn timeout_attribute(&self) -> Option<f64> {
         self.seconds()
     }
 
+    /// Whether the stream is closed.
     #[getter]
     fn closed(&self) -> bool {
         self.session.is_closed()
     }
 
+    /// What the bytes go through: shared memory or TCP.
     #[getter]
     fn transport(&self) -> &'static str {
         if self.session.is_smc() {
@@ -171,6 +177,7 @@ impl Stream {
         }
     }
 
+    /// Why it is TCP; None on shared memory.
     #[getter]
     fn fallback_reason(&self) -> Option<Fallback> {
         self.session.fallback().map(|fallback| Fallback {
@@ -184,6 +191,7 @@ impl Stream {
         })
     }
 
+    /// Return counters: bytes each way, wakes, waits, buffer sizes in bytes, device, slots.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = self.session.stats();
         let dict = PyDict::new(py);
@@ -200,6 +208,7 @@ impl Stream {
         Ok(dict)
     }
 
+    /// Send some of ``data``; return the bytes taken.
     #[pyo3(signature = (data, flags = 0, /))]
     fn send(&self, py: Python<'_>, data: &Bound<'_, PyAny>, flags: i32) -> PyResult<usize> {
         send_flags(flags)?;
@@ -209,6 +218,7 @@ impl Stream {
         self.session.send(data.bytes(), wait, &gil).map_err(|error| gil.raise(error))
     }
 
+    /// Send all of ``data``; the timeout is for the whole call.
     #[pyo3(signature = (data, flags = 0, /))]
     fn sendall(&self, py: Python<'_>, data: &Bound<'_, PyAny>, flags: i32) -> PyResult<()> {
         send_flags(flags)?;
@@ -218,6 +228,7 @@ impl Stream {
         self.session.send_all(data.bytes(), wait, &gil).map_err(|error| gil.raise(error))
     }
 
+    /// Send some of ``buffers``, in order; return the bytes taken. ``ancdata`` must be empty.
     #[pyo3(signature = (buffers, ancdata = None, flags = 0, address = None, /))]
     fn sendmsg(
         &self,
@@ -248,6 +259,9 @@ impl Stream {
         self.session.send_vectored(&slices, wait, &gil).map_err(|error| gil.raise(error))
     }
 
+    /// Receive up to ``bufsize`` bytes; empty at the end of the stream.
+    ///
+    /// Flags: ``MSG_PEEK``, ``MSG_DONTWAIT``, ``MSG_WAITALL``. ``MSG_OOB`` is refused.
     #[pyo3(signature = (bufsize, flags = 0, /))]
     fn recv<'py>(
         &self,
@@ -258,6 +272,7 @@ impl Stream {
         self.receive(py, bufsize, flags)
     }
 
+    /// Receive into ``buffer``, at most ``nbytes`` (0: all of it); return the bytes written.
     #[pyo3(signature = (buffer, nbytes = 0, flags = 0))]
     fn recv_into(
         &self,
@@ -281,6 +296,7 @@ impl Stream {
             .map_err(|error| gil.raise(error))
     }
 
+    /// Receive as ``recv``; return (data, no ancillary data, flags, None).
     #[pyo3(signature = (bufsize, ancbufsize = 0, flags = 0, /))]
     fn recvmsg<'py>(
         &self,
@@ -296,6 +312,7 @@ impl Stream {
         Ok((self.receive(py, bufsize, flags)?, PyList::empty(py), 0, None))
     }
 
+    /// Receive into ``buffers`` in order; return (bytes, no ancillary data, flags, None).
     #[pyo3(signature = (buffers, ancbufsize = 0, flags = 0, /))]
     fn recvmsg_into<'py>(
         &self,
@@ -322,8 +339,11 @@ impl Stream {
             }
             let got = match self.session.recv(sink.bytes(), flags, wait, &gil) {
                 Ok(got) => got,
-                Err(_) if total > 0 => break,
-                Err(error) => return Err(gil.raise(error)),
+                // What a signal handler raised must not get lost; see `Session::recv`.
+                Err(error) if total == 0 || matches!(error, Error::Interrupted) => {
+                    return Err(gil.raise(error));
+                }
+                Err(_) => break,
             };
             total += got;
             if got < size {
@@ -336,6 +356,7 @@ impl Stream {
         Ok((total, PyList::empty(py), 0, None))
     }
 
+    /// End one direction or both: ``SHUT_RD``, ``SHUT_WR``, ``SHUT_RDWR``.
     #[pyo3(signature = (how, /))]
     fn shutdown(&self, py: Python<'_>, how: i32) -> PyResult<()> {
         let how = match how {
@@ -347,6 +368,7 @@ impl Stream {
         self.session.shutdown(how).map_err(|error| errors::to_python(py, error))
     }
 
+    /// Set the seconds a call waits.
     #[pyo3(signature = (value, /))]
     fn settimeout(&self, value: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let seconds = match value {
@@ -362,10 +384,12 @@ impl Stream {
         Ok(())
     }
 
+    /// Return the seconds a call waits.
     fn gettimeout(&self) -> Option<f64> {
         self.seconds()
     }
 
+    /// Wait for ever, or not at all.
     #[pyo3(signature = (flag, /))]
     fn setblocking(&self, flag: &Bound<'_, PyAny>) -> PyResult<()> {
         let seconds = if flag.is_truthy()? { f64::NAN } else { 0.0 };
@@ -373,10 +397,14 @@ impl Stream {
         Ok(())
     }
 
+    /// Whether calls wait.
     fn getblocking(&self) -> bool {
         self.seconds() != Some(0.0)
     }
 
+    /// Return a descriptor that tells readiness (poll, level-triggered); -1 when closed.
+    ///
+    /// It carries no data: never read from it or write to it.
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
         match self.session.fileno() {
             Err(Error::Closed) => Ok(-1),
@@ -384,16 +412,19 @@ impl Stream {
         }
     }
 
+    /// Return the peer's address.
     fn getpeername<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let address = self.session.peer_addr().map_err(|error| errors::to_python(py, error))?;
         address::to_tuple(py, &address)
     }
 
+    /// Return the own address.
     fn getsockname<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let address = self.session.local_addr().map_err(|error| errors::to_python(py, error))?;
         address::to_tuple(py, &address)
     }
 
+    /// Read an option of the TCP connection.
     #[pyo3(signature = (level, option, buflen = 0, /))]
     fn getsockopt<'py>(
         &self,
@@ -405,6 +436,7 @@ impl Stream {
         get_option(py, buflen, |into| self.session.get_option(level, option, into))
     }
 
+    /// Set an option of the TCP connection.
     #[pyo3(signature = (level, option, value, optlen = None, /))]
     fn setsockopt(
         &self,
