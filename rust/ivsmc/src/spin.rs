@@ -11,6 +11,10 @@ use crate::host::Deadline;
 /// Looks of [`briefly`], about two microseconds: short enough to keep the host's lock (the GIL).
 const BRIEF: u32 = 48;
 
+/// The first looks follow each other at once: between two busy ends the answer comes within less
+/// than a pause instruction takes (140 cycles on Intel since Skylake).
+const EAGER: u32 = 16;
+
 /// Looks between two readings of the clock.
 const BATCH: u32 = 32;
 
@@ -38,11 +42,13 @@ pub(crate) fn briefly(mut there: impl FnMut() -> bool) -> bool {
     if budget().is_zero() {
         return false;
     }
-    for _ in 0..BRIEF {
+    for look in 0..BRIEF {
         if there() {
             return true;
         }
-        spin_loop();
+        if look >= EAGER {
+            spin_loop();
+        }
     }
     false
 }

@@ -328,11 +328,11 @@ impl Inner {
                     || rx.available().map_or(true, |available| available >= least)
                     || rx.writer_flags() != 0
             }
-            Direction::Send { .. } => {
+            Direction::Send { bytes } => {
                 let mut tx = lock(&link.tx);
                 let Some(tx) = tx.as_mut() else { return true };
                 self.state.load(Ordering::Acquire) & SEND_SHUT != 0
-                    || !matches!(tx.room(), Ok(0))
+                    || tx.room().map_or(true, |room| room >= bytes.min(PART as u64))
                     || tx.reader_flags() != 0
             }
         }
