@@ -55,6 +55,8 @@ def test_accept_times_out_and_does_not_wait(listener: ivsmc.Listener) -> None:
         listener.accept()
     with pytest.raises(ValueError):
         listener.settimeout(-1)
+    with pytest.raises(TypeError):
+        listener.settimeout("1")  # type: ignore[arg-type]
     listener.setblocking(True)
     assert listener.gettimeout() is None
 
