@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import ivsmc
+
 README = Path(__file__).parent.parent / "README.md"
 REASONS = Path(__file__).parent.parent / "rust" / "ivsmc" / "src" / "fallback.rs"
 
@@ -46,3 +48,10 @@ def test_the_variables_are_read(variable: str) -> None:
     assert f"| `{variable}` |" in README.read_text()
     sources = REASONS.parent.rglob("*.rs")
     assert any(f'"{variable}"' in source.read_text() for source in sources)
+
+
+@pytest.mark.parametrize("name", ["Session", "Listener", "Device", "Server"])
+def test_help_explains_every_member(name: str) -> None:
+    kind = getattr(ivsmc, name)
+    for member in [name for name in dir(kind) if not name.startswith("_")]:
+        assert getattr(kind, member).__doc__, member
