@@ -260,3 +260,10 @@ def shutdown() -> bool:
 
 def close_all() -> None:
     """Close every session and listener on shared memory, leave every region: the process ends."""
+
+def bare_limit(cores: tuple[int, int], round_trips: int, size: int, /) -> tuple[float, float]:
+    """Measure what the machine allows between two processors, with two threads that spin.
+
+    Return the microseconds of a word there and back, and the bytes per second of ``size`` bytes
+    copied into one ring and out again.
+    """

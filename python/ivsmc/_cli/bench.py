@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import ivsmc
+from ivsmc import _native
 from ivsmc._cli import measure
 from ivsmc._cli.arguments import Commands, add_transport_options, bounded, size
 
@@ -79,6 +80,7 @@ def _measure(
     trips: dict[str, list[int]] = {name: [] for name in transports}
     speeds: dict[str, list[float]] = {name: [] for name in transports}
     checked: dict[str, int] = {}
+    limits: list[tuple[float, float]] = []
     with contextlib.ExitStack() as cleanup:
         if pinned:
             os.sched_setaffinity(0, {pinned[0]})
@@ -96,11 +98,18 @@ def _measure(
                 trips[name].extend(measure.round_trips(peer, plan))
                 _progress(f"round {number} of {options.rounds}: {_LABELS[name]}, stream")
                 speeds[name].append(measure.throughput(peer, plan))
+            if pinned:
+                _progress(f"round {number} of {options.rounds}: the machine's limit")
+                limits.append(_native.bare_limit(pinned, plan.round_trips, plan.stream_bytes))
         _progress("")
         results = [
             _result(name, peers[name], sorted(trips[name]), speeds[name], checked[name])
             for name in transports
         ]
+    bare = None
+    if limits:
+        trip, speed = (statistics.median(figures) for figures in zip(*limits, strict=True))
+        bare = {"round_trip_us": trip, "bytes_per_second": speed}
     _add_ratios(results)
     return {
         "version": importlib.metadata.version("ivsmc"),
@@ -110,6 +119,7 @@ def _measure(
         "round_trips": plan.round_trips * options.rounds,
         "block_bytes": plan.block,
         "stream_bytes": plan.stream_bytes * options.rounds,
+        "bare": bare,
         "results": results,
     }
 
@@ -164,6 +174,14 @@ def _table(report: dict[str, Any]) -> str:
         )
         if result["fallback_reason"]:
             notes.append(f"ivsmc went over TCP: {result['fallback_reason']}")
+    if bare := report["bare"]:
+        lines.append(
+            f"{'limit here, bare':18}  {bare['round_trip_us']:9.2f} {'-':>9} {'':>10}  "
+            f"{bare['bytes_per_second'] / 1e9:9.2f}"
+        )
+        notes.append(
+            "limit here, bare: two threads that spin, a word there and back, one ring, no protocol"
+        )
     pinned = report["pinned"]
     where = f"pinned to cores {pinned[0]} and {pinned[1]}" if pinned else "one core, not pinned"
     checked = min(result["checked_bytes"] for result in report["results"])

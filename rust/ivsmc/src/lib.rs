@@ -8,6 +8,7 @@
 mod accept;
 mod acceptor;
 mod attachment;
+mod bare;
 mod connect;
 mod device;
 mod devices;
@@ -29,6 +30,7 @@ mod spin;
 mod wait;
 
 pub use attachment::AttachmentStats;
+pub use bare::{limit, Limit};
 pub use connect::{connect, ConnectOptions, Require};
 pub use device::Kind;
 pub use devices::{devices, open_device, Device, DeviceInfo, RegionInfo};

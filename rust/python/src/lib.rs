@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 mod acceptor;
 mod address;
+mod bare;
 mod connect;
 mod detach;
 mod device;
@@ -21,6 +22,8 @@ mod stream;
 mod _native {
     #[pymodule_export]
     use crate::acceptor::Acceptor;
+    #[pymodule_export]
+    use crate::bare::bare_limit;
     #[pymodule_export]
     use crate::connect::connect;
     #[pymodule_export]

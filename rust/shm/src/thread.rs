@@ -76,20 +76,46 @@ pub fn online_cpus() -> usize {
     usize::try_from(count).unwrap_or(1).max(1)
 }
 
-/// How many processors this thread may run on: at least 1.
-#[must_use]
-pub fn available_cpus() -> usize {
-    /// Bits for 16,384 processors, more than any kernel is built for.
-    const WORDS: usize = 256;
-    let mut mask = [0_u64; WORDS];
+/// Processors that a thread may run on, as bits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Affinity([u64; AFFINITY_WORDS]);
+
+/// Bits for 16,384 processors, more than any kernel is built for.
+const AFFINITY_WORDS: usize = 256;
+
+/// The processors this thread may run on.
+///
+/// # Errors
+/// Those of `sched_getaffinity`.
+pub fn affinity() -> io::Result<Affinity> {
+    let mut mask = [0_u64; AFFINITY_WORDS];
     // SAFETY: sched_getaffinity writes at most the given size into the mask, a local array.
     let returned =
         unsafe { libc::sched_getaffinity(0, size_of_val(&mask), mask.as_mut_ptr().cast()) };
-    if call::check(returned).is_err() {
-        return 1;
-    }
-    let set: u32 = mask.iter().map(|word| word.count_ones()).sum();
-    (set as usize).max(1)
+    call::check(returned)?;
+    Ok(Affinity(mask))
+}
+
+/// Lets this thread run on those processors only.
+///
+/// # Errors
+/// `InvalidInput` if none of them is there or allowed.
+pub fn set_affinity(affinity: &Affinity) -> io::Result<()> {
+    let mask = &affinity.0;
+    // SAFETY: sched_setaffinity reads the given size from the mask, a borrowed array.
+    let returned = unsafe { libc::sched_setaffinity(0, size_of_val(mask), mask.as_ptr().cast()) };
+    call::check(returned).map(drop)
+}
+
+/// Lets this thread run on processor `cpu` only.
+///
+/// # Errors
+/// `InvalidInput` if it is not there or not allowed.
+pub fn pin(cpu: usize) -> io::Result<()> {
+    let mut mask = [0; AFFINITY_WORDS];
+    let word = mask.get_mut(cpu / 64).ok_or(io::ErrorKind::InvalidInput)?;
+    *word = 1 << (cpu % 64);
+    set_affinity(&Affinity(mask))
 }
 
 #[cfg(test)]
@@ -128,6 +154,6 @@ mod tests {
 
     #[test]
     fn there_is_a_processor() {
-        assert!(available_cpus() >= 1);
+        assert!(online_cpus() >= 1);
     }
 }
