@@ -40,6 +40,9 @@ use background::Background;
 /// that a thread that accepts in a loop pays nothing for it.
 const TAKE_OVER: Duration = Duration::from_millis(2);
 
+/// Time between two looks whether there is room again.
+const FULL: Duration = Duration::from_millis(10);
+
 /// Time between two looks at the deadlines of handshakes.
 const SWEEP: Duration = Duration::from_millis(100);
 
@@ -82,12 +85,14 @@ struct State {
     shaking: HashMap<Key, Arc<Handshake>>,
     /// Threads waiting inside `accept`.
     inside: usize,
-    /// This process has begun to accept.
-    accepting: bool,
+    /// Forks of this process when it last began to accept, or accepted; `None` before.
+    accepting: Option<u32>,
     /// The background watches the socket.
     watching: bool,
     /// It must not before the timer has run out.
     paused: bool,
+    /// It has left a connection to other processes for a while, or need not.
+    yielded: bool,
     /// When the deadlines of handshakes are next looked at.
     sweep: Option<Instant>,
     /// The descriptor applications wait on, and whether the socket is in it.
@@ -148,9 +153,10 @@ impl Acceptor {
                 ready: VecDeque::new(),
                 shaking: HashMap::new(),
                 inside: 0,
-                accepting: false,
+                accepting: None,
                 watching: false,
                 paused: false,
+                yielded: false,
                 sweep: None,
                 readiness: None,
                 accepted_smc: 0,
@@ -216,7 +222,15 @@ impl Acceptor {
     /// Has the background take connections while no thread is inside `accept`.
     pub(crate) fn begin(&self) {
         let mut state = lock(&self.state);
-        state.accepting = true;
+        state.accepting = Some(fork::count());
+        self.settle(&mut state);
+    }
+
+    /// As [`Acceptor::begin`], before this process connects here.
+    pub(crate) fn begin_for_itself(&self) {
+        let mut state = lock(&self.state);
+        state.accepting = Some(fork::count());
+        state.yielded = true;
         self.settle(&mut state);
     }
 
@@ -250,8 +264,14 @@ impl Acceptor {
                 PollFd::new(&self.closed, poll::IN),
                 PollFd::new(&*socket, poll::IN),
             ];
-            let watched = if room { &mut fds[..] } else { &mut fds[..2] };
-            if poll::poll(watched, deadline.left()?)? == 0 {
+            let left = deadline.left()?;
+            // No notice comes of a handshake that ends without a connection, and makes room.
+            let (watched, left) = if room {
+                (&mut fds[..], left)
+            } else {
+                (&mut fds[..2], Some(left.map_or(FULL, |left| left.min(FULL))))
+            };
+            if poll::poll(watched, left)? == 0 {
                 deadline.left()?;
             }
         }
@@ -408,7 +428,7 @@ impl Acceptor {
             epoll.add(&self.ready, poll::IN, ANY_KEY)?;
             state.readiness = Some((Arc::new(epoll), false));
         }
-        state.accepting = true;
+        state.accepting = Some(fork::count());
         self.settle(&mut state);
         state.readiness.as_ref().map(|(epoll, _)| Arc::clone(epoll)).ok_or(Error::Closed)
     }
@@ -455,15 +475,26 @@ impl Acceptor {
 
     /// Whether one more connection may be in hand.
     fn has_room(&self, state: &State) -> bool {
-        let limit = if self.has_heirs() { 1 } else { self.listening.limit };
+        let limit = if self.is_shared() { 1 } else { self.listening.limit };
         state.ready.len() + state.shaking.len() < limit
+    }
+
+    /// Whether other processes may accept from the same socket.
+    fn is_shared(&self) -> bool {
+        self.listening.limit == 1 || self.has_heirs()
+    }
+
+    /// Whether this process has begun to accept. What it did before it forked does not count: it
+    /// may have left accepting to the child. An application that waits on the descriptor goes on.
+    fn is_accepting(state: &State) -> bool {
+        state.accepting.is_some_and(|forks| forks == fork::count() || state.readiness.is_some())
     }
 
     /// Makes who watches the socket follow from the state.
     fn settle(&self, state: &mut State) {
         let (Some(socket), Some(key)) = (state.socket.clone(), state.key) else { return };
         let room = self.has_room(state);
-        let watch = room && state.accepting && state.inside == 0 && !state.paused;
+        let watch = room && Self::is_accepting(state) && state.inside == 0 && !state.paused;
         if watch != state.watching {
             if !watch {
                 self.reactor().unwatch(&socket);
@@ -482,6 +513,14 @@ impl Acceptor {
                 *shown = if changed.is_ok() { room } else { *shown };
             }
         }
+    }
+
+    /// Whether a connection waits to be accepted.
+    fn has_waiting(&self, state: &State) -> bool {
+        state.socket.as_ref().is_some_and(|socket| {
+            poll::poll(&mut [PollFd::new(&**socket, poll::IN)], Some(Duration::ZERO))
+                .is_ok_and(|ready| ready > 0)
+        })
     }
 
     /// Keeps the background off the socket for `time`.
@@ -526,7 +565,7 @@ impl<'a> Inside<'a> {
     fn enter(acceptor: &'a Acceptor) -> Self {
         let mut state = lock(&acceptor.state);
         state.inside += 1;
-        state.accepting = true;
+        state.accepting = Some(fork::count());
         acceptor.settle(&mut state);
         Self(acceptor)
     }

@@ -85,7 +85,7 @@ impl Setup {
             .cloned()
             .collect();
         for acceptor in own {
-            acceptor.begin();
+            acceptor.begin_for_itself();
         }
     }
 }

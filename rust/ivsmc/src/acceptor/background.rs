@@ -10,6 +10,11 @@ use crate::reactor::{lock, Source};
 /// How long the background leaves the socket alone after an error (descriptors have run out).
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
+/// It takes a connection that other processes may accept only after this long: whoever of them waits
+/// inside `accept` is sooner, and in hand here it would wait for this process alone. Less than a
+/// client waits to be taken ([`crate::connect`]).
+const OTHERS_FIRST: Duration = Duration::from_millis(100);
+
 /// The background thread's part; it may also be woken for nothing.
 pub(super) struct Background(pub(super) Arc<Acceptor>);
 
@@ -22,10 +27,18 @@ impl Source for Background {
         let acceptor = &self.0;
         loop {
             let socket = {
-                let state = lock(&acceptor.state);
-                if !state.watching || !acceptor.has_room(&state) {
+                let mut state = lock(&acceptor.state);
+                // A fork may have changed whether this process is to take any.
+                acceptor.settle(&mut state);
+                if !state.watching {
                     return;
                 }
+                if acceptor.is_shared() && !state.yielded {
+                    state.yielded = true;
+                    acceptor.pause(&mut state, OTHERS_FIRST);
+                    return;
+                }
+                state.yielded = false;
                 state.socket.clone()
             };
             let Some(socket) = socket else { return };
@@ -60,6 +73,7 @@ impl Source for Background {
             let mut state = lock(&acceptor.state);
             // A timer that was meant for something else ends a pause early, which does no harm.
             state.paused = false;
+            state.yielded &= acceptor.has_waiting(&state);
             acceptor.settle(&mut state);
             if state.sweep.is_some_and(|when| when <= Instant::now()) {
                 state.sweep = None;
