@@ -465,3 +465,22 @@ fn a_slow_client_holds_nobody_up() {
     clients.peer.region.finish_intent(&intent).unwrap();
     exercise(client, server);
 }
+
+#[test]
+fn a_handshake_that_fails_makes_room_for_a_thread_that_waits() {
+    let file = RegionFile::new(16 * MIB);
+    let options = ListenOptions { backlog: 1, device: file.device(), ..Default::default() };
+    let listener = listen_on("127.0.0.1:0", options).unwrap();
+    let address = listener.local_addr();
+    let peer = file.peer();
+    std::thread::scope(|scope| {
+        let accepted = scope.spawn(|| accept(&listener));
+        let (silent, _intent) = peer.commit(address);
+        let plain = TcpStream::connect(address).unwrap();
+        // Until the thread has left the handshake to the background, and sleeps.
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(listener.stats().unwrap().handshakes, 1);
+        drop(silent);
+        exercise_plain(accepted.join().unwrap(), plain);
+    });
+}
