@@ -54,12 +54,6 @@ pub(crate) fn shutdown(py: Python<'_>) -> bool {
     detach(py, ivsmc::release_unused)
 }
 
-/// Closes every session and listener that is on shared memory and leaves every region.
-#[pyfunction]
-pub(crate) fn close_all(py: Python<'_>) {
-    detach(py, ivsmc::close_all);
-}
-
 /// One device this process is attached to.
 #[pyclass(frozen, module = "ivsmc._native")]
 pub(crate) struct Device {

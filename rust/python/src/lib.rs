@@ -27,9 +27,14 @@ mod _native {
     #[pymodule_export]
     use crate::connect::connect;
     #[pymodule_export]
-    use crate::device::{close_all, devices, open_device, shutdown, Device};
+    use crate::device::{devices, open_device, shutdown, Device};
     #[pymodule_export]
     use crate::server::Server;
     #[pymodule_export]
     use crate::stream::{Fallback, Handle, Stream};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::detach::close_all_at_end(module.py())
+    }
 }

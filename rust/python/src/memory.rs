@@ -12,14 +12,23 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-/// A contiguous buffer of some object, held until dropped. Boxed: exporters may point into it.
-pub(crate) struct Lent {
-    view: Box<ffi::Py_buffer>,
+/// Room for the description of one lent buffer. Made where it stays: exporters may point into it.
+pub(crate) struct View(ffi::Py_buffer);
+
+impl View {
+    pub(crate) fn new() -> Self {
+        Self(ffi::Py_buffer::new())
+    }
 }
 
-impl Lent {
-    fn new(object: &Bound<'_, PyAny>, flags: i32) -> PyResult<Self> {
-        let mut view = Box::new(ffi::Py_buffer::new());
+/// A contiguous buffer of some object, held until dropped.
+struct Lent<'view> {
+    view: &'view mut ffi::Py_buffer,
+}
+
+impl<'view> Lent<'view> {
+    fn new(view: &'view mut View, object: &Bound<'_, PyAny>, flags: i32) -> PyResult<Self> {
+        let view = &mut view.0;
         // SAFETY: PyObject_GetBuffer needs a live object, a writable Py_buffer and the GIL, which
         // `object` proves. On failure it sets an exception and leaves nothing to release.
         if unsafe { ffi::PyObject_GetBuffer(object.as_ptr(), &raw mut *view, flags) } != 0 {
@@ -34,24 +43,24 @@ impl Lent {
     }
 }
 
-impl Drop for Lent {
+impl Drop for Lent<'_> {
     fn drop(&mut self) {
-        // SAFETY: `view` was filled by PyObject_GetBuffer and is released once; every `Lent` is
-        // a local of a method and dropped there, with the GIL held.
+        // SAFETY: `view` was filled by PyObject_GetBuffer, has not moved since, and is released
+        // once; every `Lent` is a local of a method and dropped there, with the GIL held.
         unsafe { ffi::PyBuffer_Release(&raw mut *self.view) };
     }
 }
 
 // SAFETY: a `Lent` is only read from other threads (its pointer and length), by code that runs
 // while the method that owns it waits for that code with the GIL dropped.
-unsafe impl Sync for Lent {}
+unsafe impl Sync for Lent<'_> {}
 
 /// The bytes of `object`, any C-contiguous buffer, for reading.
-pub(crate) struct Source(Lent);
+pub(crate) struct Source<'view>(Lent<'view>);
 
-impl Source {
-    pub(crate) fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        Lent::new(object, ffi::PyBUF_SIMPLE).map(Self)
+impl<'view> Source<'view> {
+    pub(crate) fn new(view: &'view mut View, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Lent::new(view, object, ffi::PyBUF_SIMPLE).map(Self)
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
@@ -67,11 +76,11 @@ impl Source {
 }
 
 /// The bytes of `object`, any writable C-contiguous buffer, for receiving into.
-pub(crate) struct Sink(Lent);
+pub(crate) struct Sink<'view>(Lent<'view>);
 
-impl Sink {
-    pub(crate) fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        Lent::new(object, ffi::PyBUF_WRITABLE).map(Self).map_err(|_| {
+impl<'view> Sink<'view> {
+    pub(crate) fn new(view: &'view mut View, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Lent::new(view, object, ffi::PyBUF_WRITABLE).map(Self).map_err(|_| {
             // As the socket module says it.
             let class = object.get_type();
             PyTypeError::new_err(format!("a read-write bytes-like object is needed, not {class}"))

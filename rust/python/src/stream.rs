@@ -13,7 +13,7 @@ use crate::address;
 use crate::detach::detach;
 use crate::errors;
 use crate::gil::{timeout, Gil};
-use crate::memory::{new_bytes, Sink, Source};
+use crate::memory::{new_bytes, Sink, Source, View};
 
 /// `SOCK_STREAM` and `IPPROTO_TCP` of Linux.
 const SOCK_STREAM: i32 = 1;
@@ -213,7 +213,8 @@ impl Stream {
     fn send(&self, py: Python<'_>, data: &Bound<'_, PyAny>, flags: i32) -> PyResult<usize> {
         send_flags(flags)?;
         let wait = self.wait(flags)?;
-        let data = Source::new(data)?;
+        let mut view = View::new();
+        let data = Source::new(&mut view, data)?;
         let gil = Gil::new(py);
         self.session.send(data.bytes(), wait, &gil).map_err(|error| gil.raise(error))
     }
@@ -223,7 +224,8 @@ impl Stream {
     fn sendall(&self, py: Python<'_>, data: &Bound<'_, PyAny>, flags: i32) -> PyResult<()> {
         send_flags(flags)?;
         let wait = self.wait(flags)?;
-        let data = Source::new(data)?;
+        let mut view = View::new();
+        let data = Source::new(&mut view, data)?;
         let gil = Gil::new(py);
         self.session.send_all(data.bytes(), wait, &gil).map_err(|error| gil.raise(error))
     }
@@ -250,9 +252,12 @@ impl Stream {
         // A connected stream ignores the address, as TCP does.
         let _ = address;
         let wait = self.wait(flags)?;
-        let sources = buffers
-            .try_iter()?
-            .map(|buffer| Source::new(&buffer?))
+        let objects = buffers.try_iter()?.collect::<PyResult<Vec<_>>>()?;
+        let mut views: Vec<_> = objects.iter().map(|_| View::new()).collect();
+        let sources = objects
+            .iter()
+            .zip(&mut views)
+            .map(|(object, view)| Source::new(view, object))
             .collect::<PyResult<Vec<_>>>()?;
         let slices: Vec<_> = sources.iter().map(|source| IoSlice::new(source.bytes())).collect();
         let gil = Gil::new(py);
@@ -281,7 +286,8 @@ impl Stream {
         nbytes: isize,
         flags: i32,
     ) -> PyResult<usize> {
-        let mut sink = Sink::new(buffer)?;
+        let mut view = View::new();
+        let mut sink = Sink::new(&mut view, buffer)?;
         let nbytes = usize::try_from(nbytes)
             .map_err(|_| PyValueError::new_err("negative buffersize in recv_into"))?;
         if nbytes > sink.len() {
@@ -322,8 +328,13 @@ impl Stream {
         flags: i32,
     ) -> PyResult<Message<'py, usize>> {
         check_ancillary(ancbufsize)?;
-        let mut sinks =
-            buffers.try_iter()?.map(|buffer| Sink::new(&buffer?)).collect::<PyResult<Vec<_>>>()?;
+        let objects = buffers.try_iter()?.collect::<PyResult<Vec<_>>>()?;
+        let mut views: Vec<_> = objects.iter().map(|_| View::new()).collect();
+        let mut sinks = objects
+            .iter()
+            .zip(&mut views)
+            .map(|(object, view)| Sink::new(view, object))
+            .collect::<PyResult<Vec<_>>>()?;
         let mut wait = self.wait(flags)?;
         let flags = receive_flags(flags)?;
         let gil = Gil::new(py);
@@ -459,7 +470,7 @@ impl Stream {
     fn peek_into<'py>(
         &self,
         py: Python<'py>,
-        mut sinks: Vec<Sink>,
+        mut sinks: Vec<Sink<'_>>,
         wait: Timeout,
         flags: RecvFlags,
     ) -> PyResult<Message<'py, usize>> {
@@ -520,7 +531,7 @@ pub(crate) fn set_option(
         (Some(_), Some(_)) => return Err(PyTypeError::new_err("a length needs value None")),
         (Some(value), None) => match value.extract::<i32>() {
             Ok(number) => write(&number.to_ne_bytes()),
-            Err(_) => write(Source::new(value)?.bytes()),
+            Err(_) => write(Source::new(&mut View::new(), value)?.bytes()),
         },
     };
     result.map_err(|error| errors::to_python(py, error))
