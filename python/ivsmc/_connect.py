@@ -6,6 +6,7 @@ import socket
 from typing import Any, Literal, TypeAlias
 
 from ivsmc import _native
+from ivsmc._fallback import log_once
 from ivsmc._listener import Listener
 from ivsmc._session import Session
 from ivsmc._timeout import checked_timeout
@@ -57,6 +58,7 @@ def create_connection(
             continue
         session = Session(handle)
         session.settimeout(seconds)
+        log_once(session.fallback_reason, target[:2], "connected to")
         failures.clear()  # they hold this frame
         return session
     try:

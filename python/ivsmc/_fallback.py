@@ -1,9 +1,15 @@
-"""Why a session goes over TCP."""
+"""Why a session goes over TCP, and the log line about it."""
 
+import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["FallbackReason"]
+__all__ = ["FallbackReason", "log_once"]
+
+_LOG = logging.getLogger("ivsmc")
+_LOGGED: set[tuple[str, Any]] = set()
+_MOST_LOGGED = 1000
+"""Reasons and addresses remembered; after that all are news again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +30,13 @@ class FallbackReason:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.code:#010x}, {self.side} side): {self.sentence}"
+
+
+def log_once(reason: FallbackReason | None, address: Any, doing: str) -> None:
+    """Log ``reason`` at level INFO, once for each reason and address (host, or host and port)."""
+    if reason is None or (reason.name, address) in _LOGGED:
+        return
+    if len(_LOGGED) >= _MOST_LOGGED:
+        _LOGGED.clear()
+    _LOGGED.add((reason.name, address))
+    _LOG.info("%s %s over TCP: %s", doing, address, reason)

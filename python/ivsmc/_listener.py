@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from ivsmc import _native
+from ivsmc._fallback import log_once
 from ivsmc._session import Session
 from ivsmc._timeout import checked_timeout
 
@@ -36,6 +37,8 @@ class Listener:
         handle, address = self._acceptor.accept(self._timeout)
         session = Session(handle)
         session.settimeout(socket.getdefaulttimeout())
+        # A client's port is always new.
+        log_once(session.fallback_reason, address[0], "accepted from")
         return session, address
 
     def listen(self, backlog: int = 0, /) -> None:
