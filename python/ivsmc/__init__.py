@@ -15,9 +15,6 @@ A session goes through shared memory where both ends are ivsmc and share a regio
 TCP otherwise; ``session.transport`` and ``session.fallback_reason`` say which and why.
 """
 
-import atexit
-
-from ivsmc import _native
 from ivsmc._connect import create_connection, create_server
 from ivsmc._fallback import FallbackReason
 from ivsmc._listener import Listener
@@ -49,6 +46,3 @@ __all__ = [
     "devices",
     "open_device",
 ]
-
-# As the kernel does with sockets: a process that ends is not to look killed to its peers.
-atexit.register(_native.close_all)

@@ -258,9 +258,6 @@ class Server:
 def shutdown() -> bool:
     """Leave every region if nothing is open; return whether that is so. A later connect returns."""
 
-def close_all() -> None:
-    """Close every session and listener on shared memory, leave every region: the process ends."""
-
 def bare_limit(cores: tuple[int, int], round_trips: int, size: int, /) -> tuple[float, float]:
     """Measure what the machine allows between two processors, with two threads that spin.
 

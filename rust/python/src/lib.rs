@@ -33,6 +33,8 @@ mod _native {
     #[pymodule_export]
     use crate::stream::{Fallback, Handle, Stream};
 
+    use pyo3::prelude::*;
+
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         crate::detach::close_all_at_end(module.py())
