@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import ivsmc
+import ivsmc.asyncio
 from endpoints import LOOPBACK
 
 SIZE = 3 * 1024 * 1024
@@ -112,3 +113,47 @@ def test_many_clients_of_one_server(device: str, clients: int) -> None:
             return answers
 
     assert asyncio.run(main()) == [b"%d\n" % number for number in range(clients)]
+
+
+def test_streams_of_our_own(device: str) -> None:
+    content = os.urandom(SIZE)
+
+    async def main() -> bytes:
+        echo = Echo()
+        server = await ivsmc.asyncio.start_server(echo.serve, "127.0.0.1", device=device)
+        async with server:
+            host, port = server.sockets[0].getsockname()
+            session = await ivsmc.asyncio.connect(host, port, device=device)
+            assert session.transport == ("tcp" if device == "none" else "smc")
+            session.close()
+            await echo.served.acquire()
+            reader, writer = await ivsmc.asyncio.open_connection(host, port, device=device)
+
+            async def send() -> None:
+                writer.write(content)
+                await writer.drain()
+                writer.write_eof()
+
+            _, received = await asyncio.gather(send(), reader.read(-1))
+            writer.close()
+            await writer.wait_closed()
+            await echo.served.acquire()
+            return received
+
+    assert asyncio.run(main()) == content
+
+
+def test_a_cancelled_connect_leaves_nothing(device: str) -> None:
+    async def main() -> None:
+        with ivsmc.create_server(LOOPBACK, device=device) as listener:
+            host, port = listener.getsockname()
+            connecting = asyncio.create_task(ivsmc.asyncio.connect(host, port, device=device))
+            await asyncio.sleep(0)
+            connecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+            session, _ = await asyncio.to_thread(listener.accept)
+            with session:
+                assert await asyncio.to_thread(session.recv, 1) == b""
+
+    asyncio.run(main())
