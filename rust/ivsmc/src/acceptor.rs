@@ -243,7 +243,11 @@ impl Acceptor {
         let _inside = Inside::enter(self);
         loop {
             match host.blocking(|| self.wait(deadline)) {
-                Err(error) if error.errno() == Error::Interrupted.errno() => host.interrupted()?,
+                Err(error) if error.errno() == Error::Interrupted.errno() => {
+                    host.interrupted()?;
+                    // Clients that announce themselves and get no further end no wait.
+                    deadline.left()?;
+                }
                 other => return other,
             }
         }

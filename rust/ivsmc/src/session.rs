@@ -438,13 +438,17 @@ impl Session {
         if let Some(readiness) = readiness.as_ref() {
             return Ok(readiness.descriptor());
         }
+        // `close` marks the session, then takes what is here: it sees this, or this sees the mark.
+        inner.check()?;
         let made = readiness.insert(Readiness::new()?);
         let descriptor = made.descriptor();
         drop(readiness);
         link.armed.store(true, Ordering::SeqCst);
-        if let Some(&key) = link.key.get() {
-            let reactor = inner.reactor().ok_or(Error::Closed)?;
-            reactor.rewatch(key, &*conn, poll::IN | poll::RDHUP | poll::ET)?;
+        if let (Some(&key), Some(reactor)) = (link.key.get(), inner.reactor()) {
+            let watched = reactor.rewatch(key, &*conn, poll::IN | poll::RDHUP | poll::ET);
+            // It fails when `close` was faster.
+            inner.check()?;
+            watched?;
         }
         inner.settle(link);
         Ok(descriptor)

@@ -545,9 +545,7 @@ impl Inner {
             }
         }
         link.sleeper.wake_all();
-        if link.armed.load(Ordering::Relaxed) {
-            *lock(&link.readiness) = None;
-        }
+        *lock(&link.readiness) = None;
     }
 }
 
