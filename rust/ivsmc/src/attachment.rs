@@ -219,6 +219,8 @@ impl Attachment {
             Backing::Local(file) => file.begin_to_leave(&mapping),
             Backing::File | Backing::Host(_) => false,
         };
+        // With their memory; what is in use still, others reclaim without that.
+        self.give_back_idle();
         self.region.mark_dead(self.me);
         self.region.reclaim(self.me);
         if self.judge.lockable {

@@ -99,7 +99,7 @@ impl Attachment {
                 !idle
             });
             *sweeping &= !limbo.is_empty();
-            (take_idle(&mut pool), !pool.limbo.is_empty())
+            (take_idle(&mut pool, KEPT_IDLE), !pool.limbo.is_empty())
         };
         self.give_back(idle);
         remain
@@ -190,7 +190,7 @@ impl Attachment {
                 }
                 Release::WriterThere => pool.limbo.push(Limbo { granule, size_class }),
             }
-            let idle = take_idle(&mut pool);
+            let idle = take_idle(&mut pool, KEPT_IDLE);
             let in_limbo = !pool.limbo.is_empty();
             (idle, in_limbo && !std::mem::replace(&mut pool.sweeping, in_limbo))
         };
@@ -215,6 +215,12 @@ impl Attachment {
         });
     }
 
+    /// Gives all idle extents back to the region.
+    pub(super) fn give_back_idle(&self) {
+        let idle = take_idle(&mut lock(&self.pool), 0);
+        self.give_back(idle);
+    }
+
     /// Gives idle extents back to the region.
     fn give_back(&self, extents: Vec<u32>) {
         for extent in extents {
@@ -229,8 +235,8 @@ impl Attachment {
     }
 }
 
-fn take_idle(pool: &mut Pool) -> Vec<u32> {
-    let idle = pool.allocator.take_idle_extents(KEPT_IDLE);
+fn take_idle(pool: &mut Pool, keep: usize) -> Vec<u32> {
+    let idle = pool.allocator.take_idle_extents(keep);
     pool.extents -= idle.len();
     idle
 }
