@@ -116,8 +116,8 @@ impl Device {
     }
 
     /// Let go of the device; the attachment ends with its last session. Idempotent.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
-        detach(py, || self.device.close()).map_err(|error| errors::to_python(py, error))
+    fn close(&self, py: Python<'_>) {
+        detach(py, || self.device.close());
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -125,7 +125,7 @@ impl Device {
     }
 
     #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) -> PyResult<()> {
-        self.close(py)
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) {
+        self.close(py);
     }
 }
