@@ -8,6 +8,7 @@ import contextlib
 import gc
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,11 @@ from ivsmc._cli.arguments import size
 DEVICE_KINDS = ("local", "file", "host", "none")
 REGION_BYTES = 64 * 1024 * 1024
 SHM = Path("/dev/shm")
+
+
+def pytest_configure() -> None:
+    # A shell starts its background jobs with SIGINT ignored, and all their children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
