@@ -72,9 +72,11 @@ def test_the_default_timeout_is_inherited(device: str) -> None:
         socket.setdefaulttimeout(before)
 
 
-@pytest.mark.parametrize("timeout", [-1, float("nan"), "soon"])
-def test_a_timeout_that_is_none(timeout: Any) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("timeout", "error"), [(-1, ValueError), (float("nan"), ValueError), ("soon", TypeError)]
+)
+def test_a_timeout_that_is_none(timeout: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
         ivsmc.create_connection(LOOPBACK, timeout)
 
 
