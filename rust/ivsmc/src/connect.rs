@@ -150,7 +150,13 @@ enum Seen {
 impl<H: Host> Connecting<'_, H> {
     /// The regions in which the destination listens, fastest wake-up first; else why there is none.
     fn candidates(&self) -> Result<Result<Vec<Candidate>, Fallback>> {
-        let regions = Regions::open(&self.lease, self.options.device.as_deref())?;
+        let (lease, device) = (&self.lease, self.options.device.as_deref());
+        let regions = if Regions::are_at_hand(lease, device) {
+            Regions::open(lease, device)?
+        } else {
+            // A device may take seconds to open, and need what other threads of this process do.
+            self.host.blocking(|| Regions::open(lease, device))?
+        };
         if regions.attachments.is_empty() {
             return Ok(Err(regions.fallback()));
         }

@@ -179,6 +179,18 @@ impl DeviceTable {
         Ok((attachments, problems))
     }
 
+    /// Whether all of the selected devices have been looked at just now.
+    pub(crate) fn are_at_hand(&self, selection: &Selection) -> bool {
+        let entries = lock(&self.entries);
+        selection.specs.iter().all(|spec| {
+            // Locked while somebody opens it.
+            entries.get(spec).and_then(|entry| entry.try_lock().ok()).is_some_and(|entry| {
+                entry.seen.is_some_and(|seen| seen.elapsed() < MEMORY / 2)
+                    || entry.attachment.is_some()
+            })
+        })
+    }
+
     /// Leaves all regions, but for attachments that somebody still uses.
     pub(crate) fn detach_all(&self) {
         let entries = std::mem::take(&mut *lock(&self.entries));

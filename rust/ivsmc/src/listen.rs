@@ -125,7 +125,13 @@ impl Listener {
     /// `WouldBlock` or `TimedOut` if none came in time; `Closed`, also when it is closed
     /// meanwhile; `Required` for a client without shared memory, if that is required.
     pub fn accept(&self, timeout: Timeout, host: &impl Host) -> Result<(Session, SocketAddr)> {
-        self.acceptor()?.accept(timeout, host)
+        let acceptor = if fork::is_current(self.born) {
+            self.acceptor()?
+        } else {
+            // The first time in a child it opens devices.
+            host.blocking(|| self.acceptor())?
+        };
+        acceptor.accept(timeout, host)
     }
 
     /// A descriptor that is readable when [`Listener::accept`] has something to do.

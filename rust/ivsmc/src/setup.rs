@@ -157,6 +157,12 @@ pub(crate) struct Regions {
 }
 
 impl Regions {
+    /// Whether [`Regions::open`] has nothing to wait for.
+    pub(crate) fn are_at_hand(lease: &Lease, device: Option<&str>) -> bool {
+        let devices = lease.runtime().devices();
+        devices.selected(device).is_ok_and(|selection| devices.are_at_hand(&selection))
+    }
+
     /// Those that `device` names, or else those that are found; attached.
     pub(crate) fn open(lease: &Lease, device: Option<&str>) -> Result<Self> {
         let devices = lease.runtime().devices();

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ivsmc::{Error, ListenOptions, Listener};
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
@@ -32,12 +33,15 @@ impl Acceptor {
         fd: RawFd,
         backlog: i64,
         shared: bool,
-        device: Option<String>,
+        device: Option<Bound<'_, PyAny>>,
         require: Option<&str>,
-        buffer: Option<i64>,
+        buffer: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        // First of all: it is ours to close from now on, whatever follows.
+        // First of all: it is ours to close from now on, whatever follows. So arguments that may be
+        // of any type are judged here.
         let fd = Fd::adopt(fd)?;
+        let device: Option<String> = argument("device", "str", device.as_ref())?;
+        let buffer: Option<i64> = argument("buffer", "int", buffer.as_ref())?;
         let require = self::require(require)?;
         let buffer = self::buffer(buffer)?;
         // As the kernel does: it takes any number, and less than one is one.
@@ -75,7 +79,8 @@ impl Acceptor {
     }
 
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
-        match self.listener.fileno() {
+        // The first time in a child it opens devices.
+        match detach(py, || self.listener.fileno()) {
             Err(Error::Closed) => Ok(-1),
             other => other.map_err(|error| errors::to_python(py, error)),
         }
@@ -129,4 +134,25 @@ impl Acceptor {
             detach(py, || self.listener.close());
         }
     }
+}
+
+/// An argument that may be None, as Rust has it.
+fn argument<'a, 'py, T>(
+    name: &str,
+    wanted: &str,
+    given: Option<&'a Bound<'py, PyAny>>,
+) -> PyResult<Option<T>>
+where
+    T: FromPyObject<'a, 'py, Error = PyErr>,
+{
+    let convert = |given: &'a Bound<'py, PyAny>| {
+        given.extract().map_err(|error: PyErr| {
+            if error.is_instance_of::<PyTypeError>(given.py()) {
+                PyTypeError::new_err(format!("{name} must be {wanted} or None: {error}"))
+            } else {
+                error
+            }
+        })
+    };
+    given.map(convert).transpose()
 }
