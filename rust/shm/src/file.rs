@@ -201,7 +201,7 @@ impl FileSystem {
         (0x6265_6572, "sysfs"),
     ];
     /// Others worth naming when refused.
-    const REFUSED: [(u64, &'static str); 7] = [
+    const REFUSED: [(u64, &'static str); 8] = [
         (0x794c_7630, "overlayfs"),
         (0x6969, "nfs"),
         (0x0102_1997, "9p"),
@@ -209,6 +209,7 @@ impl FileSystem {
         (0xff53_4d42, "cifs"),
         (0xfe53_4d42, "smb2"),
         (0x00c3_6400, "ceph"),
+        (0x9fa0, "proc"),
     ];
 
     /// Its name, if it is one of those known here.

@@ -25,9 +25,14 @@ pub(super) fn open(path: &Path) -> Result<Opened, Unusable> {
     let file_system = super::file_system(&fd)?;
     super::judge_file_system(&file_system)?;
     if status.size < MIN_REGION {
+        let cure = if status.size == 0 {
+            format!("make it larger with \"truncate -s 64M {shown}\"")
+        } else {
+            // What is in there may be somebody's.
+            "name a new file, made with truncate -s 64M".to_owned()
+        };
         return Err(Unusable::region(format!(
-            "the file has {} bytes, and a region needs at least {} MiB; make it larger with \
-             \"truncate -s 64M {shown}\"",
+            "the file has {} bytes, and a region needs at least {} MiB; {cure}",
             status.size,
             MIN_REGION >> 20,
         )));
