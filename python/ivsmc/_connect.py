@@ -1,6 +1,7 @@
 """``create_connection`` and ``create_server``: the standard library's shapes."""
 
 import errno
+import operator
 import os
 import socket
 from typing import Any, Literal, TypeAlias
@@ -130,6 +131,8 @@ def _targets(host: Any, port: Any) -> list[tuple[int, Any]]:
 def _resolve_source(source: Address, family: int) -> Any:
     """Return ``source`` as a numeric address of ``family``; no host is any address."""
     host, port = source[:2]
+    if operator.index(port) not in range(0x10000):  # getaddrinfo would cut it off
+        raise OverflowError("source_address: port must be 0-65535.")
     found = socket.getaddrinfo(host or None, port, family, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
     return found[0][4]
 
