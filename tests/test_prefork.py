@@ -20,6 +20,8 @@ pytestmark = ignore_threads
 WORKERS = 3
 CONNECTIONS = 300
 STOP = b"stop"
+PATIENCE = 60.0
+"""Seconds after which a client that is not served fails instead of waiting for ever."""
 
 
 def work(listener: ivsmc.Listener) -> Counter[str]:
@@ -91,7 +93,9 @@ class Service:
         self.address: tuple[str, int] = remote.receive()
 
     def connect(self) -> ivsmc.Session:
-        return ivsmc.create_connection(self.address, device=self._device, buffer=SMALL)
+        return ivsmc.create_connection(
+            self.address, timeout=PATIENCE, device=self._device, buffer=SMALL
+        )
 
     def answer(self, conn: Endpoint, request: bytes = b"work") -> tuple[str, str]:
         """Who answers the request, and over what."""
@@ -128,7 +132,9 @@ def test_every_connection_is_served(shared_device: str, master: object) -> None:
             def ask(number: int) -> tuple[str, str]:
                 is_plain = number % 10 == 0
                 return workers.answer(
-                    socket.create_connection(workers.address) if is_plain else workers.connect()
+                    socket.create_connection(workers.address, PATIENCE)
+                    if is_plain
+                    else workers.connect()
                 )
 
             with ThreadPoolExecutor(8) as clients:
@@ -151,6 +157,9 @@ def test_who_is_busy_keeps_no_connection_from_who_is_not(
     shared_device: str, master: object
 ) -> None:
     with service(master, shared_device) as workers:
+        seen: set[str] = set()
+        while len(seen) < WORKERS:  # all of them have begun to accept
+            seen.add(workers.answer(workers.connect())[0])
         # Each keeps a worker busy until it is asked.
         conns = [workers.connect() for _ in range(WORKERS)]
         answers = [workers.answer(conn) for conn in reversed(conns)]
