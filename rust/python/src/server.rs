@@ -63,6 +63,10 @@ impl Server {
         let served = server.serve_for(Timeout::After(time), &gil, |event| {
             if let (Some(log), None) = (log, &failed) {
                 failed = log.call1((event.to_string(),)).err();
+                if failed.is_some() {
+                    // It may be what a signal handler raised.
+                    server.handle().stop();
+                }
             }
         });
         match (failed, served) {

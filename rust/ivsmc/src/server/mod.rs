@@ -194,6 +194,10 @@ impl Server {
         let mut ready = [EpollEvent::default(); 64];
         let mut events = Vec::new();
         loop {
+            if host.handles_signals() {
+                // One that came while an event was told, for instance.
+                host.interrupted()?;
+            }
             // Over: look once more, without waiting.
             let left = deadline.left().unwrap_or(Some(Duration::ZERO));
             let look = lock(&self.state)
