@@ -12,7 +12,7 @@
 //! judges its own slot, and one thread reaps at a time.
 //!
 //! **Memory.** Extents are claimed from the region and their memory reserved, so that running out
-//! is [`Full`] and never SIGBUS; DMBs are carved from them by a list private to the process, behind
+//! is [`memory::Full`] and never SIGBUS; DMBs are carved from them by a list private to the process, behind
 //! a private mutex. One idle extent is kept, others go back at once. A DMB that is released while
 //! its writer is still there is in *limbo*: it is free once the writer has let go, or once its
 //! prover has said that it is dead. The background thread looks at growing intervals.

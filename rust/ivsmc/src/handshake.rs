@@ -2,7 +2,7 @@
 //!
 //! Messages are read exactly: the header is peeked at, then as many bytes are read as it says.
 //! Bytes that begin no CLC message stay unread, because they are a plain peer's. Nothing here
-//! waits; [`crate::connect`] sleeps between calls, [`crate::accept`] is called when there is more.
+//! waits; [`mod@crate::connect`] sleeps between calls, [`mod@crate::accept`] is called when there is more.
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
 //! Stream sessions over ivshmem shared memory, set up as SMC-D is, with TCP fallback.
 //!
-//! A [`Session`] is made by [`connect`] or [`Listener::accept`]. It behaves as a TCP socket does;
+//! A [`Session`] is made by [`connect()`] or [`Listener::accept`]. It behaves as a TCP socket does;
 //! whether its bytes go through shared memory is decided at set-up and told by
 //! [`Session::fallback`].
 #![forbid(unsafe_code)]

@@ -13,7 +13,7 @@
 //! | --- | --- |
 //! | [`fd`], [`fork`] | owned descriptors; what a forked child gives up |
 //! | [`mapping`], [`mem`] | shared memory; uninitialised buffers (the copy function is private) |
-//! | [`lock`], [`file`] | byte locks; files, directories, random numbers, memory limits |
+//! | [`lock`], [`mod@file`] | byte locks; files, directories, random numbers, memory limits |
 //! | [`net`], [`poll`] | sockets, addresses, descriptors over sockets; waiting, eventfds |
 //! | [`futex`], [`thread`] | waiting inside the process; threads that take no signals |
 //! | [`errno`] | error numbers by name |

@@ -12,7 +12,7 @@ const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 /// It takes a connection that other processes may accept only after this long: whoever of them waits
 /// inside `accept` is sooner, and in hand here it would wait for this process alone. Less than a
-/// client waits to be taken ([`crate::connect`]).
+/// client waits to be taken ([`mod@crate::connect`]).
 const OTHERS_FIRST: Duration = Duration::from_millis(100);
 
 /// The background thread's part; it may also be woken for nothing.
