@@ -17,6 +17,7 @@ __all__ = [
     "Handle",
     "Server",
     "Stream",
+    "bare_limit",
     "connect",
     "devices",
     "open_device",
