@@ -34,6 +34,18 @@ class Holdings:
     threads: int
     mappings: int
 
+    def grown_since(self, before: "Holdings") -> Counter[str]:
+        """What there is more of, by kind. Which socket it is does not matter: one is replaced."""
+        grown = self._by_kind()
+        grown.subtract(before._by_kind())
+        return +grown
+
+    def _by_kind(self) -> Counter[str]:
+        kinds = Counter(threads=self.threads, mappings=self.mappings)
+        for name, count in self.descriptors.items():
+            kinds[name.split("[")[0]] += count
+        return kinds
+
     @classmethod
     def now(cls) -> "Holdings":
         maps = Path("/proc/self/maps").read_text().splitlines()
