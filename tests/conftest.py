@@ -7,6 +7,7 @@ standard library's sockets too.
 import contextlib
 import gc
 import os
+import random
 import shutil
 import signal
 import socket
@@ -117,11 +118,16 @@ def pair(
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses."""
-    with socket.socket() as once:
-        once.bind(LOOPBACK)
-        port: int = once.getsockname()[1]
-        return port
+    """A port of the loopback interface that nobody uses.
+
+    The kernel does not choose it for other connections: it is below those that it chooses from.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(lowest // 2, lowest)
+        with contextlib.suppress(OSError), socket.socket() as once:
+            once.bind((LOOPBACK[0], port))
+            return port
 
 
 @dataclass
