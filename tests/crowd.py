@@ -24,6 +24,8 @@ from processes import Here, running
 
 SMALL = 16 * 1024
 """The smallest buffer of a session, in bytes."""
+PATIENCE = 60.0
+"""Seconds until a test gives up what should come at once."""
 
 
 @dataclass
@@ -69,10 +71,11 @@ def allow_descriptors(count: int) -> None:
 
 
 def serve_until_told(here: Here, device: str | None, cpu: int | None) -> None:
-    """Accept connections and close each when its client did; the first byte ends it all.
+    """Accept connections and close each when its client did, until as many were as one says.
 
-    The listener is a plain one if there is no ``device``.  Says where it listens, and at last how
-    many sessions there were over each transport.
+    That one may overtake some that still shake hands.  The listener is a plain one if there is no
+    ``device``.  Says where it listens, and at last how many sessions there were over each
+    transport.
     """
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
@@ -84,13 +87,15 @@ def serve_until_told(here: Here, device: str | None, cpu: int | None) -> None:
     transports: Counter[str] = Counter()
     with listener:
         here.send(listener.getsockname())
-        told = b""
-        while not told:
+        told = 0
+        while transports.total() != told or not told:
             conn: Endpoint
             conn, _ = listener.accept()
             with conn:
-                told = conn.recv(1)
+                told = int(receive_all(conn) or told)
                 transports[getattr(conn, "transport", "tcp")] += 1
+            if told:
+                listener.settimeout(PATIENCE)
     here.send(transports)
 
 
