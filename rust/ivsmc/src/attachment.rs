@@ -36,7 +36,7 @@ use ivsmc_shm::mapping::Mapping;
 use ivsmc_shm::net::Family;
 use ivsmc_shm::{file as files, fork, lock as locks, net};
 
-use crate::device::{self, Backing, DeviceSpec, Kind, Opened, Unusable};
+use crate::device::{self, Backing, DeviceSpec, Doorbells, Kind, Opened, Unusable};
 use crate::reactor::{lock, Reactor};
 
 use memory::Pool;
@@ -270,11 +270,13 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
     // The dead first: their slots may be the only free ones.
     judge.look_at_all(&region, None);
     let me = claim_slot(&region, prover)?;
-    let (ivposition, vectors) = match backing {
-        Backing::Host(link) => (link.id(), link.vectors()),
-        Backing::Local(_) | Backing::File => (0, 0),
+    let doorbells = backing.doorbells();
+    let info = SlotInfo {
+        ivposition: doorbells.map(Doorbells::ivposition),
+        vector: doorbells.and_then(Doorbells::own).map(|(vector, _)| vector),
+        eid: Eid::DEFAULT.0,
     };
-    region.set_slot_info(me, &SlotInfo { ivposition, vectors, eid: Eid::DEFAULT.0 });
+    region.set_slot_info(me, &info);
     // Every process of one machine is at home at the same place, whatever id its ivshmem server
     // has given it: ids tell virtual machines apart, and those have boot ids of their own.
     let identity = HostIdentity { boot, netns, ivposition: 0 };

@@ -32,6 +32,10 @@ pub const GENERATION_BITS: u32 = 26;
 const GENERATIONS: u64 = (1 << GENERATION_BITS) - 1;
 /// Shift of the generation in a claim word, and in an information word.
 const GENERATION_SHIFT: u32 = 38;
+/// Shift of the bit of an information word that says that it has an ivposition.
+const HAS_IVPOSITION_SHIFT: u32 = 32;
+/// Shift of the bit of an information word that says that it has a vector.
+const HAS_VECTOR_SHIFT: u32 = 33;
 /// Shift of the prover's kind.
 const KIND_SHIFT: u32 = 34;
 /// Shift of the life.
@@ -138,10 +142,10 @@ impl SlotState {
 /// What a peer says about its slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SlotInfo {
-    /// The id that doorbells to it carry; 0 is an ordinary one.
-    pub ivposition: u16,
-    /// Vectors it listens on; 0 without doorbells.
-    pub vectors: u16,
+    /// Its device's id at the ivshmem server, if it has one; 0 is an ordinary one.
+    pub ivposition: Option<u16>,
+    /// The vector on which it is to be notified, if it has doorbells.
+    pub vector: Option<u16>,
     /// Its EID, padded with blanks.
     pub eid: [u8; 32],
 }
@@ -272,8 +276,10 @@ impl<M: Memory> Region<M> {
             self.set_word(word, u64::from_le_bytes(bytes));
         }
         let word = u64::from(at.generation) << GENERATION_SHIFT
-            | u64::from(info.vectors) << 16
-            | u64::from(info.ivposition);
+            | u64::from(info.ivposition.is_some()) << HAS_IVPOSITION_SHIFT
+            | u64::from(info.vector.is_some()) << HAS_VECTOR_SHIFT
+            | u64::from(info.vector.unwrap_or(0)) << 16
+            | u64::from(info.ivposition.unwrap_or(0));
         self.set_word(slot + INFO, word);
     }
 
@@ -293,8 +299,8 @@ impl<M: Memory> Region<M> {
             bytes.copy_from_slice(&self.word(word).to_le_bytes());
         }
         (self.word(slot + INFO) == word).then_some(SlotInfo {
-            ivposition: word as u16,
-            vectors: (word >> 16) as u16,
+            ivposition: (word >> HAS_IVPOSITION_SHIFT & 1 == 1).then_some(word as u16),
+            vector: (word >> HAS_VECTOR_SHIFT & 1 == 1).then_some((word >> 16) as u16),
             eid,
         })
     }
@@ -389,8 +395,11 @@ mod tests {
     #[test]
     fn information_is_of_one_generation() {
         let region = region();
-        let info =
-            SlotInfo { ivposition: 0, vectors: 8, eid: *b"EID                            !" };
+        let info = SlotInfo {
+            ivposition: Some(0),
+            vector: None,
+            eid: *b"EID                            !",
+        };
         let at = region.claim_slot(2, Prover::None).unwrap();
         assert_eq!(region.slot_info(at), None);
         region.set_slot_info(at, &info);

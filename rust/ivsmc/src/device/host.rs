@@ -24,7 +24,7 @@ use ivsmc_shm::fd::Fd;
 use ivsmc_shm::poll::{self, EventFd, PollFd};
 use ivsmc_shm::{file as files, net};
 
-use super::{Backing, Opened, Unusable};
+use super::{Backing, Doorbells, Opened, Unusable};
 use crate::reactor::{lock, Key, Reactor, Source};
 
 /// Longest wait for the ivshmem server to send the region.
@@ -65,6 +65,7 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
     let link = Link {
         socket,
         id,
+        own: std::mem::take(&mut hearing.own),
         hearing: Mutex::new(hearing),
         gone: AtomicBool::new(false),
         watched: Mutex::default(),
@@ -145,6 +146,8 @@ pub(crate) struct Link {
     socket: Fd,
     /// What this client's own ivposition would be, were it a guest.
     id: u16,
+    /// Own vectors that came with the welcome, the first of them vector 0.
+    own: Vec<EventFd>,
     hearing: Mutex<Hearing>,
     /// The ivshmem server has ended the connection.
     gone: AtomicBool,
@@ -154,11 +157,6 @@ pub(crate) struct Link {
 impl Link {
     pub(crate) fn id(&self) -> u16 {
         self.id
-    }
-
-    /// Own vectors heard of.
-    pub(crate) fn vectors(&self) -> u16 {
-        u16::try_from(lock(&self.hearing).own.len()).unwrap_or(u16::MAX)
     }
 
     /// The ivshmem server has ended the connection: newcomers go to its successor.
@@ -181,6 +179,28 @@ impl Link {
                 reactor.forget(key);
             }
         }
+    }
+}
+
+impl Doorbells for Link {
+    fn ivposition(&self) -> u16 {
+        self.id
+    }
+
+    fn own(&self) -> Option<(u16, &EventFd)> {
+        let (vector, eventfd) = (0..).zip(&self.own).take(2).last()?;
+        Some((vector, eventfd))
+    }
+
+    fn departures(&self) -> Option<&EventFd> {
+        self.own.first().filter(|_| self.own.len() > 1)
+    }
+
+    fn notify(&self, ivposition: u16, vector: u16) -> bool {
+        let hearing = lock(&self.hearing);
+        let eventfd = hearing.peers.get(&ivposition).and_then(|them| them.get(usize::from(vector)));
+        // Refused only when 2^64 - 1 notifications are pending.
+        eventfd.is_some_and(|eventfd| eventfd.notify().is_ok())
     }
 }
 

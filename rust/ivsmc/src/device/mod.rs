@@ -5,6 +5,7 @@
 //! the mapping), and says how this process will be known to be dead. [`crate::attachment`] does
 //! the rest, the same for all of them.
 
+mod doorbell;
 mod file;
 mod host;
 mod local;
@@ -25,6 +26,7 @@ use ivsmc_shm::mapping::Mapping;
 use crate::fallback::Reason;
 use crate::Error;
 
+pub(crate) use doorbell::Doorbells;
 pub(crate) use host::Link;
 pub(crate) use local::LocalFile;
 pub(crate) use spec::DeviceSpec;
@@ -95,6 +97,14 @@ impl Unusable {
 }
 
 impl Backing {
+    /// The doorbells of the device.
+    pub(crate) fn doorbells(&self) -> Option<&dyn Doorbells> {
+        match self {
+            Self::Host(link) => Some(&**link),
+            Self::Local(_) | Self::File => None,
+        }
+    }
+
     /// The newcomer has its slot.
     pub(crate) fn settled(&self, mapping: &Mapping) {
         match self {

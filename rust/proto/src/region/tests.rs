@@ -140,7 +140,7 @@ fn use_everything(random: &mut Random, region: &Region<HeapMemory>) {
     };
     let me = region.unclaimed().find_map(|index| region.claim_slot(index, Prover::None));
     let me = me.unwrap_or(SlotRef { index: 3, generation: 1 });
-    region.set_slot_info(me, &SlotInfo { ivposition: 1, vectors: 2, eid: [65; 32] });
+    region.set_slot_info(me, &SlotInfo { ivposition: Some(1), vector: Some(2), eid: [65; 32] });
     let ip = "10.1.2.3:80".parse::<core::net::SocketAddr>().unwrap();
     let identity = HostIdentity { boot: 5, netns: 6, ivposition: 0 };
     let record = HostRecord::new(identity, &[Endpoint::from(ip).ip]);
