@@ -658,6 +658,17 @@ def test_arguments_that_only_ivsmc_has(make: Callable[..., Any], arguments: dict
             make(address, **arguments)
 
 
+@pytest.mark.parametrize("value", ["50us", "-1", "1.5"])
+def test_a_variable_that_is_no_number(value: str) -> None:
+    code = "import ivsmc; ivsmc.create_server(('127.0.0.1', 0))"
+    environment = {**os.environ, "IVSMC_SPIN_US": value}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert f"IVSMC_SPIN_US={value} is no number" in done.stderr
+    assert "OSError" in done.stderr
+
+
 @pytest.mark.parametrize(
     "call", ["recv", "recv_into", "recvmsg", "recvmsg_into", "send", "sendall"]
 )

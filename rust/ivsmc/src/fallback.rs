@@ -71,8 +71,6 @@ reasons! {
     PeerDeclined = "PEER_DECLINED", 0x0500_0000;
     /// The handshake broke off; the connection was made anew in plain TCP.
     HandshakeFailed = "HANDSHAKE_FAILED", 0x0304_0000;
-    /// A socket option was asked for that only plain TCP has.
-    OptionUnsupported = "OPTION_UNSUPPORTED", 0x0306_0000;
 }
 
 /// Why a session is not on shared memory.

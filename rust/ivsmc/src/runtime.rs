@@ -15,6 +15,7 @@ use ivsmc_shm::{fork, net, thread};
 
 use crate::devices::DeviceTable;
 use crate::reactor::{lock, Need, Reactor};
+use crate::spin;
 use crate::wait::Bells;
 use crate::{Error, Result};
 
@@ -70,6 +71,7 @@ impl Runtime {
         let reactor = match &state.reactor {
             Some(reactor) => Arc::clone(reactor),
             None => {
+                spin::judge_environment()?;
                 let reactor = Arc::new(Reactor::new()?);
                 let served = Arc::clone(&reactor);
                 state.thread = Some(thread::spawn("ivsmc", move || {

@@ -1,5 +1,6 @@
 //! Looking again a few times before sleeping: a peer that answers at once costs no system call.
 
+use std::ffi::OsStr;
 use std::hint::spin_loop;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 use ivsmc_shm::thread::online_cpus;
 
 use crate::host::Deadline;
+use crate::Error;
 
 /// Looks of [`briefly`], about two microseconds: short enough to keep the host's lock (the GIL).
 const BRIEF: u32 = 48;
@@ -22,6 +24,38 @@ const BATCH: u32 = 32;
 /// and its wake-up cost (65 to 75 us on virtual CPUs, `facts`).
 const DEFAULT: Duration = Duration::from_micros(50);
 
+/// The variable that says for how long instead.
+const VARIABLE: &str = "IVSMC_SPIN_US";
+
+/// What the variable said when it was first looked at.
+fn chosen() -> &'static Result<Duration, String> {
+    static CHOSEN: OnceLock<Result<Duration, String>> = OnceLock::new();
+    CHOSEN.get_or_init(|| parse(&std::env::var_os(VARIABLE).unwrap_or_default()))
+}
+
+fn parse(text: &OsStr) -> Result<Duration, String> {
+    if text.is_empty() {
+        return Ok(DEFAULT);
+    }
+    text.to_str().and_then(|text| text.trim().parse().ok()).map(Duration::from_micros).ok_or_else(
+        || {
+            let text = text.to_string_lossy();
+            format!(
+                "{VARIABLE}={text} is no number; give whole microseconds, 0 to sleep at once, or \
+                 unset it"
+            )
+        },
+    )
+}
+
+/// Refuses an environment that asks for nonsense.
+///
+/// # Errors
+/// `ApiMisuse`, in words.
+pub(crate) fn judge_environment() -> crate::Result<()> {
+    chosen().as_ref().map(|_| ()).map_err(|wrong| Error::ApiMisuse(wrong.clone()))
+}
+
 fn budget() -> Duration {
     static BUDGET: OnceLock<Duration> = OnceLock::new();
     *BUDGET.get_or_init(|| {
@@ -29,10 +63,7 @@ fn budget() -> Duration {
             // The peer cannot run while we look.
             return Duration::ZERO;
         }
-        std::env::var("IVSMC_SPIN_US")
-            .ok()
-            .and_then(|text| text.parse().ok())
-            .map_or(DEFAULT, Duration::from_micros)
+        chosen().as_ref().copied().unwrap_or(DEFAULT)
     })
 }
 
@@ -69,6 +100,23 @@ pub(crate) fn fully(deadline: Deadline, mut there: impl FnMut() -> bool) -> bool
         }
         if end.left().is_err() {
             return false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_variable_is_whole_microseconds_or_refused() {
+        let parse = |text| parse(OsStr::new(text));
+        assert_eq!(parse(""), Ok(DEFAULT));
+        assert_eq!(parse("0"), Ok(Duration::ZERO));
+        assert_eq!(parse(" 200 "), Ok(Duration::from_micros(200)));
+        for text in ["-1", "1.5", "50us", "never"] {
+            let wrong = parse(text).expect_err(text);
+            assert!(wrong.starts_with(&format!("IVSMC_SPIN_US={text} ")), "{wrong}");
         }
     }
 }

@@ -243,7 +243,7 @@ fn an_ivshmem_server_of_ours_says_that_a_client_was_killed() {
         let device = spec(Kind::Host, &socket);
         let parent = Attachment::open(&device).unwrap();
         let state = parent.region().slot_state(parent.me().index);
-        let id = parent.region().slot_info(parent.me()).unwrap().ivposition;
+        let id = parent.region().slot_info(parent.me()).unwrap().ivposition.unwrap();
         assert_eq!(state, SlotState::Live { at: parent.me(), prover: Prover::IvPosition(id) });
         let (mut child, mut input, mut said) = start(&device);
         writeln!(input, "0\n1").unwrap();

@@ -289,7 +289,7 @@ fn a_client_of_any_ivshmem_server_attaches() {
     });
     let attachment = Attachment::open(&spec(Kind::Host, &socket)).unwrap();
     let info = attachment.region().slot_info(attachment.me()).unwrap();
-    assert_eq!((info.ivposition, attachment.record().identity.ivposition), (5, 0));
+    assert_eq!((info.ivposition, attachment.record().identity.ivposition), (Some(5), 0));
     // It holds a lock of its own, on an open file that it does not share with the server.
     let state = attachment.region().slot_state(attachment.me().index);
     assert!(matches!(state, SlotState::Live { prover: Prover::Lock { .. }, .. }));
