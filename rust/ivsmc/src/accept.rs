@@ -51,9 +51,13 @@ const HURRY: Duration = Duration::from_millis(2);
 /// Time between two looks at an intent meanwhile.
 const NAP: Duration = Duration::from_micros(50);
 
+/// A client that has not shaken hands after this long is slow.
+const SLOW: Duration = Duration::from_millis(10);
+
 /// A handshake in progress.
 pub(crate) struct Handshake {
     acceptor: Arc<Acceptor>,
+    begun: Instant,
     key: OnceLock<Key>,
     /// `None` once it is over.
     work: Mutex<Option<Work>>,
@@ -122,6 +126,7 @@ impl Handshake {
         let Announcement { attachment, intent } = announcement;
         let handshake = Arc::new(Self {
             acceptor: Arc::clone(acceptor),
+            begun: Instant::now(),
             key: OnceLock::new(),
             work: Mutex::new(Some(Work {
                 conn,
@@ -142,6 +147,11 @@ impl Handshake {
         }
         let result = handshake.go_on(lock(&handshake.work), socket)?;
         acceptor.end_handshake(key, result)
+    }
+
+    /// Whether it takes longer than a client needs that is awake.
+    pub(crate) fn is_slow(&self) -> bool {
+        self.begun.elapsed() > SLOW
     }
 
     /// Goes on, on the background thread.

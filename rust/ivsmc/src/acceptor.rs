@@ -40,6 +40,9 @@ use background::Background;
 /// that a thread that accepts in a loop pays nothing for it.
 const TAKE_OVER: Duration = Duration::from_millis(2);
 
+/// Slow clients that a process shakes hands with at most, where others accept from the same socket.
+const SLOW: usize = 16;
+
 /// Time between two looks whether there is room again.
 const FULL: Duration = Duration::from_millis(10);
 
@@ -477,10 +480,16 @@ impl Acceptor {
         reset(ready);
     }
 
-    /// Whether one more connection may be in hand.
+    /// Whether one more connection may be in hand. Where others accept from the same socket that is
+    /// one at a time, which they could have had; but a slow client must not hold this process up.
     fn has_room(&self, state: &State) -> bool {
-        let limit = if self.is_shared() { 1 } else { self.listening.limit };
-        state.ready.len() + state.shaking.len() < limit
+        if self.is_shared() {
+            state.ready.is_empty()
+                && state.shaking.len() < SLOW
+                && state.shaking.values().all(|handshake| handshake.is_slow())
+        } else {
+            state.ready.len() + state.shaking.len() < self.listening.limit
+        }
     }
 
     /// Whether other processes may accept from the same socket.

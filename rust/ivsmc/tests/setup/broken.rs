@@ -467,6 +467,30 @@ fn a_slow_client_holds_nobody_up() {
 }
 
 #[test]
+fn a_slow_client_holds_nobody_up_where_others_accept_as_well() {
+    let file = RegionFile::new(16 * MIB);
+    let options = ListenOptions { shared: true, device: file.device(), ..Default::default() };
+    let listener = listen_on("127.0.0.1:0", options).unwrap();
+    // By the background, and by a thread inside.
+    listener.fileno().unwrap();
+    let peer = file.peer();
+    let (_first, first) = peer.commit(listener.local_addr());
+    let (_second, second) = peer.commit(listener.local_addr());
+    let client = connect(listener.local_addr(), file.device()).unwrap();
+    assert_eq!((reason(&client), reason(&accept(&listener))), ("none", "none"));
+    std::thread::scope(|scope| {
+        let accepted = scope.spawn(|| accept(&listener));
+        let client = connect(listener.local_addr(), file.device()).unwrap();
+        exercise(client, accepted.join().unwrap());
+    });
+    assert_eq!(listener.stats().unwrap().handshakes, 2);
+    listener.close();
+    for intent in [first, second] {
+        peer.region.finish_intent(&intent).unwrap();
+    }
+}
+
+#[test]
 fn a_handshake_that_fails_makes_room_for_a_thread_that_waits() {
     let file = RegionFile::new(16 * MIB);
     let options = ListenOptions { backlog: 1, device: file.device(), ..Default::default() };
