@@ -6,24 +6,17 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 
 import ivsmc
+from commands import IVSMC, command
 from endpoints import LOOPBACK, receive_all
 
-IVSMC = [sys.executable, "-W", "error", "-m", "ivsmc"]
 CONTENT = os.urandom(3_000_000)
-
-
-def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*IVSMC, *arguments], capture_output=True, text=True, check=False, **options
-    )
 
 
 def expected_way(device: str) -> str:

@@ -6,7 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from ivsmc._cli import bench, devices, nc, server
+from ivsmc._cli import bench, bind, devices, nc, server
 
 __all__ = ["main"]
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("ivsmc"))
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (bench, devices, nc, server):
+    for command in (bench, bind, devices, nc, server):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

@@ -41,6 +41,32 @@ def bounded(low: float, high: float, kind: type[int] | type[float] = int) -> "ty
     return number  # type: ignore[return-value]
 
 
+def permissions(text: str) -> int:
+    """Return permissions, given in octal."""
+    if not re.fullmatch("[0-7]{1,4}", text) or int(text, 8) > 0o777:
+        raise argparse.ArgumentTypeError(f"not permissions: {text!r} (octal, such as 660)")
+    return int(text, 8)
+
+
+def address(text: str) -> tuple[str, int]:
+    """Return host and port of ``HOST:PORT``, ``[HOST]:PORT``, ``:PORT`` or ``PORT``.
+
+    No host is the empty string: any address to listen on, this machine to connect to.
+    """
+    match = re.fullmatch(r"(?:(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]*)):)?(?P<port>\d+)", text)
+    if match is None or int(match["port"]) > 65535:
+        raise argparse.ArgumentTypeError(
+            f"not an address: {text!r} (HOST:PORT, [IPV6]:PORT, :PORT or PORT)"
+        )
+    return match["v6"] or match["host"] or "", int(match["port"])
+
+
+def shown(address: tuple[object, ...]) -> str:
+    """Return a socket's address as people write it."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
 def add_transport_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--device`` and ``--require``."""
     parser.add_argument(

@@ -7,7 +7,7 @@ import sys
 import threading
 
 import ivsmc
-from ivsmc._cli.arguments import Commands, add_transport_options, bounded
+from ivsmc._cli.arguments import Commands, add_transport_options, bounded, shown
 
 _BLOCK = 256 * 1024
 """Bytes moved at a time."""
@@ -72,7 +72,7 @@ def _open(options: argparse.Namespace, host: str, port: int) -> ivsmc.Session:
             device=options.device,
             require=options.require,
         ) as listener:
-            _say(f"listening on {_shown(listener.getsockname())}")
+            _say(f"listening on {shown(listener.getsockname())}")
             listener.settimeout(options.timeout)
             session, _ = listener.accept()
     session.settimeout(None)
@@ -82,7 +82,7 @@ def _open(options: argparse.Namespace, host: str, port: int) -> ivsmc.Session:
 def _announce(session: ivsmc.Session) -> None:
     reason = session.fallback_reason
     how = "shared memory (smc)" if session.transport == "smc" else f"TCP: {reason}"
-    _say(f"connected to {_shown(session.getpeername())} over {how}")
+    _say(f"connected to {shown(session.getpeername())} over {how}")
 
 
 def _copy_both_ways(session: ivsmc.Session) -> int:
@@ -112,11 +112,6 @@ def _send_input(session: ivsmc.Session, failure: list[OSError]) -> None:
 def _write_output(block: memoryview) -> None:
     while block:
         block = block[os.write(1, block) :]
-
-
-def _shown(address: tuple[object, ...]) -> str:
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
 def _say(text: str) -> None:

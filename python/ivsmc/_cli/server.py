@@ -1,14 +1,13 @@
 """``ivsmc server``: the ivshmem server that VMs and host processes share a region through."""
 
 import argparse
-import re
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 
 import ivsmc
-from ivsmc._cli.arguments import Commands, bounded, size
+from ivsmc._cli.arguments import Commands, bounded, permissions, size
 
 _DEFAULT_SOCKET = "/run/ivsmc/ivs0.sock"
 _DEFAULT_SIZE = 256 << 20
@@ -50,7 +49,7 @@ Who may open the socket may read and write the region.""",
     )
     parser.add_argument(
         "--mode",
-        type=_permissions,
+        type=permissions,
         default=0o600,
         help="permissions of the socket, octal (default: 600)",
     )
@@ -82,12 +81,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     finally:
         server.close()
-
-
-def _permissions(text: str) -> int:
-    if not re.fullmatch("[0-7]{1,4}", text) or int(text, 8) > 0o777:
-        raise argparse.ArgumentTypeError(f"not permissions: {text!r} (octal, such as 660)")
-    return int(text, 8)
 
 
 def _size(options: argparse.Namespace) -> int:
