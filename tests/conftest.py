@@ -72,9 +72,10 @@ def device_specs() -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def running_server(path: Path) -> Iterator[None]:
+def running_server(path: Path, *options: str) -> Iterator[None]:
     """``ivsmc server`` on the Unix socket ``path``, ready for clients."""
     arguments = [sys.executable, "-m", "ivsmc", "server", str(path), "--size", str(REGION_BYTES)]
+    arguments += options
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:

@@ -5,13 +5,11 @@ Needs ``dumpcap`` and ``tshark``, and the right to capture; skipped without, but
 """
 
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
@@ -19,6 +17,7 @@ import ivsmc
 from endpoints import LOOPBACK, receive_exactly
 from listening import listen, question
 from processes import running
+from tools import lacking, program
 
 PROPOSAL, ACCEPT, CONFIRM, DECLINE = "1", "2", "3", "4"
 """Types of CLC messages, as the dissector has them."""
@@ -27,17 +26,10 @@ PAYLOAD = bytes(range(256))
 """Fits in one segment."""
 
 
-def missing(what: str) -> NoReturn:
-    if os.environ.get("IVSMC_REQUIRE_TOOLS") == "1":
-        pytest.fail(f"IVSMC_REQUIRE_TOOLS=1, but {what}")
-    pytest.skip(what)
-
-
 @pytest.fixture(autouse=True)
 def tools() -> None:
     for tool in ("dumpcap", "tshark"):
-        if shutil.which(tool) is None:
-            missing(f"{tool} is not installed")
+        program(tool)
 
 
 class Capture:
@@ -73,7 +65,7 @@ class Capture:
         while text not in self.content:
             part = os.read(self._dumpcap.stdout.fileno(), 65536)
             if not part:
-                missing(f"dumpcap says: {self._dumpcap.stderr.read().decode().strip()}")
+                lacking(f"dumpcap says: {self._dumpcap.stderr.read().decode().strip()}")
             self.content += part
 
 

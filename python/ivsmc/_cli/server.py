@@ -23,9 +23,9 @@ def add_parser(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""\
 Run an ivshmem server (QEMU's protocol) until SIGINT or SIGTERM. Host processes
-and containers use it as the device host:PATH, VMs with
+and containers use it as the device host:PATH; the options for VMs are printed by
 
-  -chardev socket,path=PATH,id=ivs -device ivshmem-doorbell,chardev=ivs
+  ivsmc qemu-args --socket PATH     (for libvirt: ivsmc xml --socket PATH)
 
 Who may open the socket may read and write the region.""",
     )
