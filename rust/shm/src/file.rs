@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-pub use limits::{boot_id, memory_room};
+pub use limits::{boot_id, machine_uuid, memory_room};
 
 use crate::call;
 use crate::fd::Fd;
@@ -177,6 +177,38 @@ pub fn status(fd: impl AsFd) -> io::Result<Status> {
         #[allow(clippy::useless_conversion)]
         links: u64::from(status.st_nlink),
     })
+}
+
+/// Reads all of `into` at `offset`.
+///
+/// # Errors
+/// Those of `pread`; `UnexpectedEof` if the file has less there.
+pub fn read_at(fd: impl AsFd, offset: u64, into: &mut [u8]) -> io::Result<()> {
+    let at = call::file_offset(offset)?;
+    // SAFETY: pread writes at most the given number of bytes into an exclusively borrowed slice.
+    let read =
+        unsafe { libc::pread(fd.as_fd().as_raw_fd(), into.as_mut_ptr().cast(), into.len(), at) };
+    all(call::check_count(read)?, into.len())
+}
+
+/// Writes all of `from` at `offset`.
+///
+/// # Errors
+/// Those of `pwrite`; `UnexpectedEof` if the file takes less there.
+pub fn write_at(fd: impl AsFd, offset: u64, from: &[u8]) -> io::Result<()> {
+    let at = call::file_offset(offset)?;
+    // SAFETY: pwrite reads the given number of bytes of a borrowed slice.
+    let written =
+        unsafe { libc::pwrite(fd.as_fd().as_raw_fd(), from.as_ptr().cast(), from.len(), at) };
+    all(call::check_count(written)?, from.len())
+}
+
+fn all(done: usize, wanted: usize) -> io::Result<()> {
+    if done == wanted {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
 }
 
 /// A file system, judged by the number that `fstatfs` gives for its type.

@@ -13,6 +13,7 @@
 //! | --- | --- |
 //! | [`fd`], [`fork`] | owned descriptors; what a forked child gives up |
 //! | [`mapping`], [`mem`] | shared memory; uninitialised buffers (the copy function is private) |
+//! | [`mmio`], [`vfio`], [`pci`] | device registers; VFIO's calls; PCI devices as sysfs shows them |
 //! | [`lock`], [`mod@file`] | byte locks; files, directories, random numbers, memory limits |
 //! | [`net`], [`poll`] | sockets, addresses, descriptors over sockets; waiting, eventfds |
 //! | [`futex`], [`thread`] | waiting inside the process; threads that take no signals |
@@ -23,6 +24,7 @@ compile_error!("ivsmc needs 64-bit little-endian Linux: region words are little-
 
 mod call;
 mod copy;
+mod pages;
 
 pub mod errno;
 pub mod fd;
@@ -32,6 +34,9 @@ pub mod futex;
 pub mod lock;
 pub mod mapping;
 pub mod mem;
+pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod poll;
 pub mod thread;
+pub mod vfio;

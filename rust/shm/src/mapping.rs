@@ -11,8 +11,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::ptr::NonNull;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{fence, AtomicU64, Ordering};
 
 use ivsmc_proto::memory::Memory;
@@ -20,32 +19,25 @@ use ivsmc_proto::memory::Memory;
 use crate::copy;
 use crate::fd::Fd;
 use crate::file::{self, FileIdentity};
-use crate::fork::{self, MappingEntry};
+use crate::pages::Pages;
 
-/// A shared mapping of a file, with the descriptor it was made from.
+/// A shared mapping of a file or of a device's memory, with the descriptor it was made from.
 ///
 /// In a forked child it becomes private zero pages, which are as valid as the shared ones.
+///
+/// An open file description lock taken through its descriptor lives as long as it or the mapping.
+// Any thread may use it (`Pages` is Send and Sync): every access through `&self` is an aligned atomic
+// or the opaque copy, both made for races.
 #[derive(Debug)]
 pub struct Mapping {
-    /// Start of `len` readable and writable bytes, page-aligned, until drop.
-    base: NonNull<u8>,
+    /// `len` bytes of them are the memory.
+    pages: Pages,
     /// Bytes, 1..=isize::MAX.
     len: u64,
     /// Whole words: `len / 8`.
     words: u64,
     identity: FileIdentity,
-    entry: MappingEntry,
-    generation: u32,
-    /// An open file description lock taken through it lives as long as it or the mapping.
-    fd: Fd,
 }
-
-// SAFETY: Send and Sync need that any thread may use and drop it: the pages belong to the process,
-// every access through `&self` is an aligned atomic or the opaque copy, both made for races, and the
-// remaining fields are Send and Sync.
-unsafe impl Send for Mapping {}
-// SAFETY: as for Send.
-unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps the first `size` bytes of `fd`, shared, readable and writable.
@@ -60,50 +52,23 @@ impl Mapping {
                 format!("cannot map {size} bytes of a file of {}", status.size),
             ));
         }
-        let length = usize::try_from(size)
-            .ok()
-            .filter(|length| isize::try_from(*length).is_ok())
-            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        // First pages that reach nobody, then the note for the fork handler, then the file over
-        // them: a fork at any moment leaves the child without the shared pages.
-        let base = anonymous(std::ptr::null_mut(), length, 0)?;
-        let unmap = |error| {
-            // SAFETY: munmap needs pages nobody uses: they were mapped above and never lent.
-            unsafe { libc::munmap(base.as_ptr().cast(), length) };
-            Err(error)
-        };
-        // SAFETY: the pages belong to this function, then to the value it returns, which
-        // unregisters them before it gives them up.
-        let entry = match unsafe { fork::register_mapping(base.as_ptr() as usize, length) } {
-            Ok(entry) => entry,
-            Err(error) => return unmap(error),
-        };
-        // SAFETY: mmap with MAP_FIXED needs a range whose content nobody needs: it was mapped
-        // above for this purpose. The descriptor is open; the result is checked.
-        let mapped = unsafe {
-            libc::mmap(
-                base.as_ptr().cast(),
-                length,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_FIXED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if mapped == libc::MAP_FAILED {
-            let error = io::Error::last_os_error();
-            fork::unregister_mapping(&entry);
-            return unmap(error);
-        }
-        Ok(Mapping {
-            base,
-            len: size,
-            words: size / 8,
-            identity: status.identity,
-            entry,
-            generation: fork::generation(),
-            fd,
-        })
+        Self::map_at(fd, 0, size)
+    }
+
+    /// Maps `size` bytes of the device memory that `fd` has at `offset`: of a VFIO device. Its
+    /// memory is there already, so nothing is reserved or given back, and its descriptor takes no
+    /// locks: all such devices are one anonymous inode to the kernel.
+    ///
+    /// Whoever can take the memory away (unplug the device, switch its memory off) makes accesses
+    /// raise SIGBUS.
+    ///
+    /// # Errors
+    /// Those of `mmap`: `InvalidInput` if `size` is 0, the range not inside the device's memory, or
+    /// `offset` not a multiple of the page size.
+    pub fn map_at(fd: Fd, offset: u64, size: u64) -> io::Result<Mapping> {
+        let identity = file::status(&fd)?.identity;
+        let pages = Pages::map(fd, offset, size)?;
+        Ok(Mapping { pages, len: size, words: size / 8, identity })
     }
 
     /// Which file is mapped, as it was when it was mapped.
@@ -115,14 +80,14 @@ impl Mapping {
     /// The descriptor the mapping was made from.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.pages.fd()
     }
 
     /// Whether it was mapped in this process, and not in one that this process was forked from.
     #[inline]
     #[must_use]
     pub fn is_current(&self) -> bool {
-        fork::is_current(self.generation)
+        self.pages.is_current()
     }
 
     /// Reserves memory for `range`, so that stores there cannot raise SIGBUS for want of space.
@@ -131,7 +96,7 @@ impl Mapping {
     /// `StorageFull` if there is no room (fall back), `InvalidInput` for a range outside.
     pub fn reserve(&self, range: Range<u64>) -> io::Result<()> {
         self.judge(&range)?;
-        file::allocate(&self.fd, range)
+        file::allocate(self.fd(), range)
     }
 
     /// Gives the memory of `range` back; it reads as zeros from now on.
@@ -140,7 +105,7 @@ impl Mapping {
     /// `InvalidInput` for a range outside, else those of `fallocate`.
     pub fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
         self.judge(&range)?;
-        file::punch_hole(&self.fd, range)
+        file::punch_hole(self.fd(), range)
     }
 
     fn judge(&self, range: &Range<u64>) -> io::Result<()> {
@@ -169,7 +134,7 @@ impl Mapping {
         // same time: Rust code has none, other processes and the opaque copy act on the machine,
         // where an aligned 64-bit access is whole. AtomicU64 is an UnsafeCell, so the reference
         // lets the compiler assume nothing about the value; it does not outlive the operation.
-        unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(native(at)).cast()) }
+        unsafe { AtomicU64::from_ptr(self.pages.base().as_ptr().add(native(at)).cast()) }
     }
 
     /// The start of `at..at + length`.
@@ -179,7 +144,7 @@ impl Mapping {
             bad_bytes(at, length, self.len);
         }
         // SAFETY: `add` needs an offset inside the mapping or at its end: judged above.
-        unsafe { self.base.as_ptr().add(native(at)) }
+        unsafe { self.pages.base().as_ptr().add(native(at)) }
     }
 }
 
@@ -236,46 +201,11 @@ impl Memory for Mapping {
     }
 }
 
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        let length = native(self.len);
-        if self.is_current() {
-            // The reverse of `map`: leave the shared pages, take the note back while the range is
-            // still ours, give it up. If the first step has no memory, the last one still does it.
-            let _ = anonymous(self.base.as_ptr(), length, libc::MAP_FIXED);
-            fork::unregister_mapping(&self.entry);
-        }
-        // SAFETY: munmap needs pages nobody uses afterwards: `self` owned the range, shared or, in
-        // a forked child, as the private pages put there, and lent nothing that outlives it.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), length) };
-    }
-}
-
 /// An offset as `usize`, which has 64 bits (`lib.rs` demands it).
 #[inline]
 #[allow(clippy::cast_possible_truncation)] // see above
 fn native(offset: u64) -> usize {
     offset as usize
-}
-
-/// Inaccessible private pages: `length` of them anywhere, or over `at` with MAP_FIXED.
-fn anonymous(at: *mut u8, length: usize, fixed: libc::c_int) -> io::Result<NonNull<u8>> {
-    // SAFETY: mmap without MAP_FIXED touches no existing mapping; with it, the callers own the
-    // range and need its content no longer.
-    let base = unsafe {
-        libc::mmap(
-            at.cast(),
-            length,
-            libc::PROT_NONE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | fixed,
-            -1,
-            0,
-        )
-    };
-    if base == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap returned address 0"))
 }
 
 #[cold]

@@ -1,4 +1,4 @@
-//! Numbers that the kernel publishes as text: the boot id and the memory limit.
+//! Numbers that the kernel publishes as text: the boot id, the machine's uuid, the memory limit.
 
 use std::fs;
 use std::io;
@@ -12,6 +12,19 @@ pub fn boot_id() -> io::Result<u128> {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     parse_uuid(text.trim())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the boot id is not a UUID"))
+}
+
+/// The uuid that the firmware gives this machine, real or virtual: the same after a reboot. `None`
+/// if it has none, or this process may not read it (root may).
+#[must_use]
+pub fn machine_uuid() -> Option<u128> {
+    let text = fs::read_to_string("/sys/class/dmi/id/product_uuid").ok()?;
+    parse_machine_uuid(&text)
+}
+
+/// All zeros and all ones stand for none (SMBIOS 7.2.1).
+fn parse_machine_uuid(text: &str) -> Option<u128> {
+    parse_uuid(text.trim()).filter(|uuid| ![0, u128::MAX].contains(uuid))
 }
 
 /// Bytes this process's control groups may still take, or `None` if they have no limit.
@@ -129,6 +142,14 @@ mod tests {
         assert_eq!(parse_uuid("00000000-0000-0000-0000-00000000002a"), Some(42));
         assert_eq!(parse_uuid("2a"), None);
         assert_eq!(parse_uuid("zz000000-0000-0000-0000-00000000002a"), None);
+    }
+
+    #[test]
+    fn a_machine_may_have_no_uuid() {
+        assert_eq!(parse_machine_uuid("00000000-0000-0000-0000-00000000002A\n"), Some(42));
+        for none in ["00000000-0000-0000-0000-000000000000", "Not Settable", "", &"f".repeat(32)] {
+            assert_eq!(parse_machine_uuid(none), None, "{none}");
+        }
     }
 
     #[test]
