@@ -26,6 +26,8 @@ const BOOT: u64 = 8;
 const NETNS: u64 = 24;
 /// Offset of the ivposition.
 const IVPOSITION: u64 = 32;
+/// Offset of the machine's uuid, two words, low half first.
+const MACHINE: u64 = 48;
 /// Offset of the number of addresses.
 const COUNT: u64 = 40;
 /// Offset of the addresses, two words each.
@@ -157,21 +159,45 @@ pub struct HostIdentity {
     pub ivposition: u16,
 }
 
+/// One boot of one machine: what ends, with all its processes, when the machine is reset.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Boot {
+    /// Id of the boot.
+    pub id: u128,
+    /// Uuid of the machine, the same for all its boots; 0 if it has none or the peer could not
+    /// read it. No part of [`HostIdentity`]: of the processes of one machine only root's can.
+    pub machine: u128,
+}
+
 /// Where a peer runs and its addresses.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HostRecord {
     /// Where it runs.
     pub identity: HostIdentity,
+    /// Uuid of its machine, 0 if not known: see [`Boot`].
+    machine: u128,
     /// The addresses of its interfaces, at most [`MAX_ADDRESSES`].
     addresses: Vec<Ip>,
 }
 
 impl HostRecord {
-    /// A record with the first [`MAX_ADDRESSES`] of these addresses.
+    /// A record with the first [`MAX_ADDRESSES`] of these addresses, of a machine without a uuid.
     #[must_use]
     pub fn new(identity: HostIdentity, addresses: &[Ip]) -> HostRecord {
         let addresses = addresses.iter().copied().take(MAX_ADDRESSES).collect();
-        HostRecord { identity, addresses }
+        HostRecord { identity, machine: 0, addresses }
+    }
+
+    /// The same of the machine with the uuid `machine`; 0 if that is not known.
+    #[must_use]
+    pub fn on_machine(self, machine: u128) -> HostRecord {
+        HostRecord { machine, ..self }
+    }
+
+    /// The boot it was written in.
+    #[must_use]
+    pub fn boot(&self) -> Boot {
+        Boot { id: self.identity.boot, machine: self.machine }
     }
 
     /// The addresses of its interfaces.
@@ -182,7 +208,8 @@ impl HostRecord {
 }
 
 impl<M: Memory> Region<M> {
-    /// Writes the record of `at`, the caller; one thread at a time.
+    /// Writes the record of `at`, the caller; one thread at a time. The boot is the same in all
+    /// records of one attachment.
     ///
     /// # Panics
     /// If there is no such slot.
@@ -191,14 +218,19 @@ impl<M: Memory> Region<M> {
         let base = self.geometry().host_record(at.index);
         let generation = u64::from(at.generation) << SEQUENCE_BITS;
         let within = |sequence: u64| sequence & ((1 << SEQUENCE_BITS) - 1);
-        // An even number of this generation, whatever an earlier owner left there.
-        let found = self.word(base + SEQUENCE) & !1;
+        // Even. An earlier owner's counts for nothing: from 2 on the record's boot is this one's.
+        let found = match self.word(base + SEQUENCE) & !1 {
+            found if found >> SEQUENCE_BITS == u64::from(at.generation) => found,
+            _ => generation,
+        };
         self.set_word(base + SEQUENCE, generation | within(found | 1));
         // Each store below is a Release one: none is seen before the odd sequence.
         self.set_word(base + BOOT, low(record.identity.boot));
         self.set_word(base + BOOT + WORD, low(record.identity.boot >> 64));
         self.set_word(base + NETNS, record.identity.netns);
         self.set_word(base + IVPOSITION, u64::from(record.identity.ivposition));
+        self.set_word(base + MACHINE, low(record.machine));
+        self.set_word(base + MACHINE + WORD, low(record.machine >> 64));
         self.set_word(base + COUNT, record.addresses.len() as u64);
         let words = record.addresses.iter().flat_map(|ip| ip.to_words());
         for (at, word) in (base + ADDRESSES..).step_by(8).zip(words) {
@@ -233,10 +265,41 @@ impl<M: Memory> Region<M> {
         None
     }
 
+    /// The boot in the record of `at`, also of an owner that was killed while it wrote its addresses
+    /// anew. `None` if `at` is no longer live, or has not come to writing its first record.
+    pub fn boot_of(&self, at: SlotRef) -> Option<Boot> {
+        if at.index >= self.geometry().slots() {
+            return None;
+        }
+        let base = self.geometry().host_record(at.index);
+        // From the end of the first writing on these words stay as they are while the sequence is
+        // of this generation: each later writing stores the same.
+        let is_written = || {
+            let sequence = self.word(base + SEQUENCE);
+            let first = sequence & ((1 << SEQUENCE_BITS) - 1);
+            sequence >> SEQUENCE_BITS == u64::from(at.generation) && first >= 2
+        };
+        if !is_written() {
+            return None;
+        }
+        let boot = self.read_boot(base);
+        // The loads are Acquire ones: who saw a word of the next owner's sees its sequence here.
+        (is_written() && self.is_live(at)).then_some(boot)
+    }
+
+    /// Reads the boot of a record that may change meanwhile.
+    fn read_boot(&self, base: u64) -> Boot {
+        Boot {
+            id: join([self.word(base + BOOT), self.word(base + BOOT + WORD)]),
+            machine: join([self.word(base + MACHINE), self.word(base + MACHINE + WORD)]),
+        }
+    }
+
     /// Reads a record that may change meanwhile. `None` if it is none.
     fn read_record(&self, base: u64) -> Option<HostRecord> {
+        let Boot { id: boot, machine } = self.read_boot(base);
         let identity = HostIdentity {
-            boot: join([self.word(base + BOOT), self.word(base + BOOT + WORD)]),
+            boot,
             netns: self.word(base + NETNS),
             ivposition: u16::try_from(self.word(base + IVPOSITION)).ok()?,
         };
@@ -249,7 +312,7 @@ impl<M: Memory> Region<M> {
             .take(count)
             .map(|at| Ip::from_words([self.word(at), self.word(at + WORD)]))
             .collect();
-        Some(HostRecord { identity, addresses })
+        Some(HostRecord { identity, machine, addresses })
     }
 }
 
@@ -304,6 +367,7 @@ mod tests {
             ivposition: u16::from(n),
         };
         HostRecord::new(identity, &vec![Ip([n; 16]); usize::from(n)])
+            .on_machine(u128::MAX / 5 * u128::from(n & 1))
     }
 
     #[test]
@@ -320,12 +384,19 @@ mod tests {
         let sequence = region.geometry().host_record(5);
         region.set_word(sequence, region.word(sequence) | 1);
         assert_eq!(region.host_record(5), None);
+        assert_eq!(region.boot_of(at), Some(record(0).boot()));
         region.reclaim(at);
+        assert_eq!(region.boot_of(at), None);
         let next = region.claim_slot(5, Prover::None).unwrap();
-        assert_eq!(region.host_record(5), None);
+        assert_eq!((region.host_record(5), region.boot_of(next)), (None, None));
+        // Killed while writing its first one: the boot may be half another's.
+        region.set_word(sequence, u64::from(next.generation) << SEQUENCE_BITS | 1);
+        assert_eq!(region.boot_of(next), None);
         region.write_host_record(next, &record(7));
         assert_eq!(region.host_record(5), Some(record(7)));
+        assert_eq!((region.boot_of(next), region.boot_of(at)), (Some(record(7).boot()), None));
         assert_eq!(region.host_record(u16::MAX), None);
+        assert_eq!(region.boot_of(SlotRef { index: u16::MAX, generation: 1 }), None);
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub mod ivshmem;
 pub mod layout;
 pub mod marker;
 pub mod memory;
+pub mod proof;
 pub mod reclaim;
 pub mod region;
 pub mod ring;

@@ -7,6 +7,13 @@
 //! word's byte, through an open file that no client shares: who has the file (not a guest) looks
 //! at the lock too. The lock keeps a second server off the same file, and the next one replaces
 //! the word.
+//!
+//! **Ids are given once.** Such a server also keeps in the region below which number it and those
+//! before it have given ids out. The clients of a server that was killed live on, with their ids and
+//! their memory, and nobody will see their end; some may not even have claimed a slot yet. So the next
+//! server gives only ids from there on. Whoever has an id below that number therefore knows that
+//! nobody else who lives has it. QEMU's own server keeps no such number: then it is 0, and ids prove
+//! nothing.
 
 use core::num::NonZeroU64;
 
@@ -16,7 +23,12 @@ use crate::region::Region;
 
 /// Offset of the instance word in the superblock, on a cache line of its own.
 const INSTANCE: u64 = 512;
-const _: () = assert!(INSTANCE + 8 <= PAGE);
+/// Offset of the word with the number of ids given out.
+const IDS: u64 = 520;
+const _: () = assert!(IDS + 8 <= PAGE);
+
+/// Ids there are: 0..=65535.
+const IDS_THERE_ARE: u32 = 1 << 16;
 
 impl<M: Memory> Region<M> {
     /// The ivshmem server that said it marks leavers and has not taken it back.
@@ -36,13 +48,26 @@ impl<M: Memory> Region<M> {
         self.replace(INSTANCE, instance.get(), 0);
     }
 
+    /// Ids below this number were given out by ivshmem servers that mark leavers, each to nobody else
+    /// while its holder may live; 0..=65536.
+    pub fn ids_given(&self) -> u32 {
+        // Of a word that is none, nothing is believed.
+        u32::try_from(self.word(IDS)).ok().filter(|ids| *ids <= IDS_THERE_ARE).unwrap_or(0)
+    }
+
+    /// Says [`Region::ids_given`], before an id is given out. Its caller holds the lock on
+    /// [`Region::marking_server_offset`].
+    pub fn set_ids_given(&self, ids: u32) {
+        self.set_word(IDS, u64::from(ids));
+    }
+
     /// Offset of the byte to lock.
     pub fn marking_server_offset(&self) -> u64 {
         INSTANCE
     }
 }
 
-#[cfg(all(test, feature = "heap"))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::heap::HeapMemory;
@@ -59,5 +84,19 @@ mod tests {
         assert_eq!(region.marking_server(), Some(second));
         region.clear_marking_server(second);
         assert_eq!(region.marking_server(), None);
+    }
+
+    #[test]
+    fn the_number_of_ids_is_kept_and_garbage_is_none() {
+        let region = Region::attach(HeapMemory::new(MIN_REGION), 1).unwrap();
+        assert_eq!(region.ids_given(), 0);
+        for ids in [3, 65_536] {
+            region.set_ids_given(ids);
+            assert_eq!(region.ids_given(), ids);
+        }
+        for garbage in [65_537, u64::MAX] {
+            region.set_word(IDS, garbage);
+            assert_eq!(region.ids_given(), 0);
+        }
     }
 }

@@ -7,7 +7,7 @@
 //!   Free(g) --claim_slot--> Live(g+1) --mark_dead--> Dead(g+1) --reclaim--> Free(g+1)
 //! ```
 //!
-//! `mark_dead` is for the slot's prover ([`Prover`]) and for a peer that leaves; `reclaim`
+//! `mark_dead` is for who has proved it ([`Prover`]) and for a peer that leaves; `reclaim`
 //! (module `reclaim`) for anybody who sees a dead slot. Words elsewhere name a slot together with
 //! its generation ([`SlotRef`]), so they mean one attachment and never its successor.
 
@@ -65,19 +65,20 @@ impl fmt::Display for SlotRef {
     }
 }
 
-/// Who alone may say that a slot is dead.
+/// Who may say that a slot is dead; module `proof` says by what.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Prover {
     /// Whoever obtains the OFD lock on the slot's byte, on the boot whose id folds to `boot`.
     Lock {
-        /// The boot id, folded to 32 bits.
+        /// The boot id, folded to 32 bits, with what else tells apart those who see other locks.
         boot: u32,
     },
     /// The ivshmem server that gave this id.
     IvPosition(u16),
-    /// The agent with this id.
+    /// The agent that owns the guest's device with this ivposition, and its own provers.
     Agent(u32),
-    /// A successor that opened the VFIO group anew.
+    /// A successor that opened the VFIO group of the device with this ivposition anew, its ivshmem
+    /// server, or a later boot of its machine.
     VfioExclusive(u32),
     /// Nobody but an operator.
     None,

@@ -3,7 +3,7 @@
 /// In what order ids are given out.
 ///
 /// In either order an id is given out again only after everything its last holder left in the
-/// region has been marked dead.
+/// region has been marked dead, and never if the ivshmem server ended before that one did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IdOrder {
     /// The lowest id that is free.

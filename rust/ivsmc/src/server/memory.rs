@@ -2,7 +2,9 @@
 //!
 //! A guest cannot prove that another guest is dead; the ivshmem server can, because a client's
 //! socket ends with the client. So it formats the region itself and says in it that it is there
-//! (`ivsmc_proto::marker`); while it is, slots may name their ivposition as prover.
+//! (`ivsmc_proto::marker`); while it is, slots may name their ivposition as prover. So that an id
+//! means one client only, also when ivshmem servers follow each other on one file, it says there as
+//! well which ids it has given out.
 
 use std::io;
 use std::num::NonZeroU64;
@@ -10,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use ivsmc_proto::region::Region;
-use ivsmc_proto::slot::{Prover, SlotState};
+use ivsmc_proto::slot::{Prover, SlotRef, SlotState};
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::file::{self, Access};
 use ivsmc_shm::mapping::Mapping;
@@ -40,6 +42,8 @@ pub enum Backing {
 /// The region of an ivshmem server.
 #[derive(Debug)]
 pub(super) struct Memory {
+    /// Ids below this one may be those of clients of an earlier ivshmem server, whose end nobody sees.
+    first_id: u32,
     /// What clients are given.
     shared: Fd,
     /// Mapped through an open file of the ivshmem server's own: no client shares its lock.
@@ -78,7 +82,25 @@ impl Memory {
         #[allow(clippy::cast_possible_truncation)] // any 64 of the random bits do
         let instance = NonZeroU64::new(random as u64).unwrap_or(NonZeroU64::MAX);
         region.set_marking_server(instance);
-        Ok(Self { shared, region, instance })
+        Ok(Self { first_id: region.ids_given(), shared, region, instance })
+    }
+
+    /// Whether nobody has `id` but who it is given to next: not a client of an earlier ivshmem
+    /// server on the same file, and no slot that names it.
+    pub(super) fn is_unused(&self, id: u16) -> bool {
+        u32::from(id) >= self.first_id
+    }
+
+    /// Says in the region that `id` is about to be given out.
+    pub(super) fn give(&self, id: u16) {
+        let given = self.region.ids_given().max(u32::from(id) + 1);
+        self.region.set_ids_given(given);
+    }
+
+    /// Says in the region that all the clients of this ivshmem server were seen to leave: a later
+    /// one may give their ids out again.
+    pub(super) fn all_left(&self) {
+        self.region.set_ids_given(self.first_id);
     }
 
     /// What clients are given.
@@ -90,29 +112,39 @@ impl Memory {
         &self.region
     }
 
-    /// Ids that live slots name as their prover, in no order.
+    /// Ids that live slots name as those of their devices, in no order.
     ///
     /// Some may be of clients of an earlier ivshmem server on the same file: whether those are
     /// dead nobody can tell any more, so their ids must not be given to others.
     pub(super) fn named_ids(&self) -> impl Iterator<Item = u16> + '_ {
         self.region.slots().filter_map(|(_, state)| match state {
-            SlotState::Live { prover: Prover::IvPosition(id), .. } => Some(id),
+            SlotState::Live { at, prover } => self.id_of(at, prover),
             _ => None,
         })
     }
 
-    /// Marks dead whatever slots name `id` as their prover, and takes back what they held.
+    /// Marks dead whatever slots name `id` as that of their device, and takes back what they held.
     ///
     /// Returns how many there were. The caller has seen the end of the client `id`.
     pub(super) fn mark_leaver(&self, id: u16) -> usize {
         let mut marked = 0;
         for (at, prover) in self.region.claimed() {
-            if prover == Prover::IvPosition(id) {
+            if self.id_of(at, prover) == Some(id) {
                 marked += usize::from(self.region.mark_dead(at));
                 self.region.reclaim(at);
             }
         }
         marked
+    }
+
+    /// Through the connection of which client the owner of a slot has the region, if it says so.
+    fn id_of(&self, at: SlotRef, prover: Prover) -> Option<u16> {
+        match prover {
+            Prover::IvPosition(id) => Some(id),
+            Prover::Agent(id) | Prover::VfioExclusive(id) => u16::try_from(id).ok(),
+            // Of a guest's process without VFIO its own kernel knows; but not when that is gone.
+            Prover::Lock { .. } | Prover::None => self.region.slot_info(at)?.ivposition,
+        }
     }
 }
 

@@ -332,6 +332,9 @@ impl Server {
                 let _ = vectors.first().map(EventFd::notify);
             }
         }
+        if state.clients.is_empty() {
+            self.memory.all_left();
+        }
         state.left += 1;
         events.push(Event::Left { id, slots });
     }
@@ -411,8 +414,15 @@ impl Server {
         let clients = &state.clients;
         let id = state
             .ids
-            .take(|id| !clients.contains_key(&id) && !named.contains(&id))
-            .ok_or("all 65536 ids are taken or held by slots in the region")?;
+            .take(|id| {
+                self.memory.is_unused(id) && !clients.contains_key(&id) && !named.contains(&id)
+            })
+            .ok_or(
+                "all 65536 ids are taken, held by slots in the region, or were given out by an \
+                 ivshmem server that ended before its clients did; serve a fresh file",
+            )?;
+        // From before anybody can know it.
+        self.memory.give(id);
         let serial = state.next_serial;
         state.next_serial += 1;
         // Edge-triggered: one event each time it reads, one when it ends. What it sends is not read.

@@ -169,10 +169,43 @@ fn an_id_that_a_slot_names_is_not_given_out() {
     assert_eq!((status.uuid, status.held_ids), (uuid, vec![0]));
     assert_eq!(Client::join(served.server.path(), 1).id, 1);
     assert!(region.is_live(slot));
-    // An operator, or the guest itself, says that it is gone.
+    // An operator says that the slot is dead. Its machine may live all the same, and claim another.
     assert!(region.mark_dead(slot));
     region.reclaim(slot);
-    assert_eq!(Client::join(served.server.path(), 1).id, 0);
+    assert_eq!(Client::join(served.server.path(), 1).id, 1);
+}
+
+#[test]
+fn an_id_is_not_given_again_by_the_next_server_while_its_holder_may_live() {
+    let scratch = Scratch::new();
+    let backing = Backing::File { path: scratch.path("region"), size: Some(MIB) };
+    let serve = || Served::start(ServerOptions { backing: backing.clone(), ..scratch.options() });
+    let served = serve();
+    let region = Client::join(served.server.path(), 1).attach();
+    drop(Client::join(served.server.path(), 1));
+    while region.ids_given() > 0 {
+        std::thread::yield_now();
+    }
+    drop(served);
+    // All were seen to leave: ids begin anew.
+    let served = serve();
+    let (first, second) = (join(&served), join(&served));
+    assert_eq!((first.id, second.id, region.ids_given()), (0, 1, 2));
+    drop(served);
+
+    // Two machines live on without an ivshmem server, and have not claimed a slot yet.
+    let served = serve();
+    let third = join(&served);
+    assert_eq!((third.id, region.ids_given()), (2, 3));
+    drop(third);
+    while region.ids_given() > 2 {
+        std::thread::yield_now();
+    }
+    assert_eq!(join(&served).id, 2);
+}
+
+fn join(served: &Served) -> Client {
+    Client::join(served.server.path(), 1)
 }
 
 #[test]
