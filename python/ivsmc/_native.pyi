@@ -220,7 +220,7 @@ class Device:
         """The spec, as given to ``open_device``."""
     @property
     def kind(self) -> str:
-        """``local``, ``file`` or ``host``."""
+        """``vfio``, ``host``, ``pci``, ``local`` or ``file``."""
     def stats(self) -> dict[str, Any]:
         """Return counters of this process's attachment."""
     def census(self) -> dict[str, int]:

@@ -4,7 +4,8 @@
 //! out memory: [`OwnDmb`]s that peers write into, [`PeerDmb`]s of others to write into. When it is
 //! dropped it leaves the region, and everything it had there is free again.
 //!
-//! **Proof of life.** Where the region is mapped through an open file description of its own, the
+//! **Proof of life.** What else proves that an attachment is dead is in `ivsmc_proto::proof`; locks
+//! are here. Where the region is mapped through an open file description of its own, the
 //! attachment holds the lock on the byte of its slot's claim word, from before the slot is claimed
 //! until the mapping is gone, however the process ends. [`Attachment::reap`] takes the lock of a
 //! dead one's slot and holds it while it gives back what the dead one had. All locks of one
@@ -28,7 +29,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use ivsmc_proto::clc::Eid;
-use ivsmc_proto::host::{HostIdentity, HostRecord, Ip};
+use ivsmc_proto::host::{Boot, HostIdentity, HostRecord, Ip};
+use ivsmc_proto::proof::Witness;
 use ivsmc_proto::reclaim::Census;
 use ivsmc_proto::region::Region;
 use ivsmc_proto::slot::{Prover, SlotInfo, SlotRef};
@@ -144,6 +146,8 @@ impl Attachment {
             // Somebody else's file: what they do to its name is theirs to repair.
             Backing::File => true,
             Backing::Host(link) => !link.is_gone(),
+            // A device that goes takes the memory with it.
+            Backing::Vfio(_) | Backing::Pci(_) => true,
         }
     }
 
@@ -158,6 +162,7 @@ impl Attachment {
         let mut record = lock(&self.record);
         if record.addresses() != addresses {
             let fresh = HostRecord::new(record.identity, &addresses);
+            let fresh = fresh.on_machine(record.boot().machine);
             self.region.write_host_record(self.me, &fresh);
             *record = Arc::new(fresh);
         }
@@ -169,7 +174,7 @@ impl Attachment {
         let _ = self.reactor.set(Arc::downgrade(reactor));
         match &self.backing {
             Backing::Host(link) => link.watch(reactor),
-            Backing::Local(_) | Backing::File => Ok(()),
+            Backing::Local(_) | Backing::File | Backing::Vfio(_) | Backing::Pci(_) => Ok(()),
         }
     }
 
@@ -217,13 +222,13 @@ impl Attachment {
         let mapping = Arc::clone(self.region.memory());
         let last_look = match &self.backing {
             Backing::Local(file) => file.begin_to_leave(&mapping),
-            Backing::File | Backing::Host(_) => false,
+            _ => false,
         };
         // With their memory; what is in use still, others reclaim without that.
         self.give_back_idle();
         self.region.mark_dead(self.me);
         self.region.reclaim(self.me);
-        if self.judge.lockable {
+        if self.judge.locks.is_some() {
             // Before the mapping ends, also in a child that a fork made just now.
             let _ = locks::unlock_byte(mapping.fd(), self.region.slot_claim_offset(self.me.index));
         }
@@ -237,8 +242,8 @@ impl Attachment {
                     file.settled(&mapping);
                 }
             }
-            Backing::File => {}
             Backing::Host(link) => link.close(),
+            Backing::File | Backing::Vfio(_) | Backing::Pci(_) => {}
         }
     }
 }
@@ -261,11 +266,19 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
     let netns = netns_cookie().map_err(os("the network namespace"))?;
     let uuid = files::random_u128().map_err(os("a random number"))?;
     let region = Region::attach(Arc::clone(mapping), uuid)?;
-    let judge = Judge::new(boot, lockable);
-    let prover = match backing {
-        Backing::Host(link) if has_marking_server(&region) => Prover::IvPosition(link.id()),
-        _ if lockable => Prover::Lock { boot: judge.boot },
-        _ => Prover::None,
+    let machine = files::machine_uuid().unwrap_or(0);
+    let witness = Witness {
+        boot: Boot { id: boot, machine },
+        ivposition: backing.guest_id(),
+        is_exclusive: matches!(backing, Backing::Vfio(_)),
+    };
+    let locks = lockable.then(|| lock_name(boot, backing, mapping));
+    let judge = Judge { witness, locks };
+    let prover = match (backing, locks) {
+        (Backing::Host(link), _) if has_marking_server(&region) => Prover::IvPosition(link.id()),
+        (Backing::Vfio(device), _) => Prover::VfioExclusive(device.ivposition().into()),
+        (_, Some(boot)) => Prover::Lock { boot },
+        (_, None) => Prover::None,
     };
     // The dead first: their slots may be the only free ones.
     judge.look_at_all(&region, None);
@@ -277,12 +290,22 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
         eid: Eid::DEFAULT.0,
     };
     region.set_slot_info(me, &info);
-    // Every process of one machine is at home at the same place, whatever id its ivshmem server
-    // has given it: ids tell virtual machines apart, and those have boot ids of their own.
-    let identity = HostIdentity { boot, netns, ivposition: 0 };
-    let record = HostRecord::new(identity, &addresses);
+    // Of a guest the id of its device: machines that were started from one snapshot have the same
+    // boot id. Processes of a host are at home at one place, whatever id each was given.
+    let identity = HostIdentity { boot, netns, ivposition: backing.guest_id().unwrap_or(0) };
+    let record = HostRecord::new(identity, &addresses).on_machine(machine);
     region.write_host_record(me, &record);
     Ok(Claimed { region, me, judge, record })
+}
+
+/// What stands in the claim words of those whose locks this process can see: the boot, in 32 bits.
+fn lock_name(boot: u128, backing: &Backing, mapping: &Mapping) -> u32 {
+    match backing {
+        // Each network namespace may have a sysfs of its own, with files of its own: a process that
+        // has another one shares the memory and not the locks.
+        Backing::Pci(_) => reap::fold(boot) ^ reap::fold(mapping.file_identity().device.into()),
+        _ => reap::fold(boot),
+    }
 }
 
 /// Claims the first free slot; with a lock as prover, from before the claim.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use ivsmc_proto::reclaim::Census;
 use ivsmc_shm::fd::Fd;
-use ivsmc_shm::{fork, net, poll};
+use ivsmc_shm::{fork, net, pci, poll};
 
 use crate::attachment::{Attachment, AttachmentStats};
-use crate::device::{DeviceSpec, Kind, Unusable};
+use crate::device::{self, DeviceSpec, Kind, Unusable};
 use crate::fallback::Reason;
 use crate::reactor::{lock, Key, Reactor, Source};
 use crate::runtime::{Lease, Runtime};
@@ -51,7 +51,8 @@ pub(crate) fn select(argument: Option<&str>) -> Result<Selection> {
 
 fn select_listed(list: &str, is_explicit: bool) -> Result<Selection> {
     if !is_explicit && list.trim().is_empty() {
-        return Ok(Selection { specs: found(Path::new(SOCKETS)), disabled: false, is_explicit });
+        let specs = found(Path::new(SOCKETS), Path::new(pci::SYSFS));
+        return Ok(Selection { specs, disabled: false, is_explicit });
     }
     let specs = DeviceSpec::parse_list(list).map_err(|error| match error {
         Error::Device { spec, reason } if !is_explicit => {
@@ -62,8 +63,8 @@ fn select_listed(list: &str, is_explicit: bool) -> Result<Selection> {
     Ok(Selection { disabled: specs.is_empty(), specs, is_explicit })
 }
 
-/// The sockets of ivshmem servers in `directory`, and `local`.
-fn found(directory: &Path) -> Vec<DeviceSpec> {
+/// The ivshmem devices of this guest, the sockets of ivshmem servers in `directory`, and `local`.
+fn found(directory: &Path, sysfs: &Path) -> Vec<DeviceSpec> {
     let mut specs: Vec<_> = std::fs::read_dir(directory)
         .into_iter()
         .flatten()
@@ -74,8 +75,15 @@ fn found(directory: &Path) -> Vec<DeviceSpec> {
         .filter(|path| path.file_stem().is_some_and(|name| name != "agent"))
         .map(|path| DeviceSpec::host(&path))
         .collect();
-    specs.sort();
+    specs.extend(device::ivshmem_devices(sysfs).into_iter().map(|function| {
+        if function.driver().as_deref() == Some(device::VFIO_DRIVER) {
+            DeviceSpec::vfio(function.address())
+        } else {
+            DeviceSpec::pci(function.address())
+        }
+    }));
     specs.push(DeviceSpec::local());
+    specs.sort();
     specs
 }
 
@@ -525,12 +533,30 @@ mod tests {
         for name in ["ivs1.sock", "ivs0.sock", "agent.sock", "readme"] {
             std::fs::write(directory.join(name), "").unwrap();
         }
-        let specs = found(&directory);
+        let nowhere = Path::new("/does/not/exist");
+        let specs = found(&directory, nowhere);
         std::fs::remove_dir_all(&directory).unwrap();
         let names: Vec<_> =
             specs.iter().map(|spec| spec.as_str().rsplit('/').next().unwrap()).collect();
         assert_eq!(names, ["ivs0.sock", "ivs1.sock", "local"]);
-        assert_eq!(found(Path::new("/does/not/exist")), [DeviceSpec::local()]);
+        assert_eq!(found(nowhere, nowhere), [DeviceSpec::local()]);
+    }
+
+    #[test]
+    fn the_ivshmem_device_of_a_guest_is_found_by_what_it_is_bound_to() {
+        let (guest, nowhere) = (crate::device::guest::Guest::new(), Path::new("/does/not/exist"));
+        let found_now = || {
+            let specs = found(nowhere, guest.sysfs());
+            specs.iter().map(|spec| spec.as_str().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(found_now(), ["pci:0000:00:05.0", "local"]);
+        guest.bind("vfio-pci");
+        assert_eq!(found_now(), ["vfio:0000:00:05.0", "local"]);
+        guest.put("class", "0x028000\n");
+        assert_eq!(found_now(), ["local"]);
+        guest.put("class", "0x050000\n");
+        guest.put("vendor", "0x8086\n");
+        assert_eq!(found_now(), ["local"]);
     }
 
     #[test]

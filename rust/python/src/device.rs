@@ -74,7 +74,7 @@ impl Device {
         self.device.spec()
     }
 
-    /// ``local``, ``file`` or ``host``.
+    /// ``vfio``, ``host``, ``pci``, ``local`` or ``file``.
     #[getter]
     fn kind(&self) -> &'static str {
         self.device.kind().name()

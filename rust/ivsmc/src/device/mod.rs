@@ -7,11 +7,16 @@
 
 mod doorbell;
 mod file;
+mod function;
+#[cfg(test)]
+pub(crate) mod guest;
 mod host;
 mod local;
+mod pci;
 mod spec;
 #[cfg(test)]
 pub(crate) mod tests;
+mod vfio;
 
 use std::io;
 use std::sync::Arc;
@@ -27,20 +32,25 @@ use crate::fallback::Reason;
 use crate::Error;
 
 pub(crate) use doorbell::Doorbells;
+pub(crate) use function::ivshmem_devices;
 pub(crate) use host::Link;
 pub(crate) use local::LocalFile;
-pub(crate) use spec::DeviceSpec;
+pub(crate) use pci::PciDevice;
 pub use spec::Kind;
+pub(crate) use spec::{DeviceSpec, Place};
+pub(crate) use vfio::{VfioDevice, DRIVER as VFIO_DRIVER};
 
 /// Opens what `spec` names.
 ///
 /// # Errors
 /// [`Unusable`]; nothing is left behind then.
 pub(crate) fn open(spec: &DeviceSpec) -> Result<Opened, Unusable> {
-    match spec.kind() {
-        Kind::Host => host::open(spec.path()),
-        Kind::Local => local::open(),
-        Kind::File => file::open(spec.path()),
+    match spec.place() {
+        Place::Vfio(address) => vfio::open(*address),
+        Place::Host(socket) => host::open(socket),
+        Place::Pci(address) => pci::open(*address),
+        Place::Local => local::open(),
+        Place::File(path) => file::open(path),
     }
 }
 
@@ -62,6 +72,10 @@ pub(crate) enum Backing {
     File,
     /// The connection to an ivshmem server.
     Host(Arc<Link>),
+    /// The VFIO device of a guest, owned by this process.
+    Vfio(Arc<VfioDevice>),
+    /// A guest's device without VFIO.
+    Pci(PciDevice),
 }
 
 /// Why a device cannot be used now.
@@ -101,7 +115,17 @@ impl Backing {
     pub(crate) fn doorbells(&self) -> Option<&dyn Doorbells> {
         match self {
             Self::Host(link) => Some(&**link),
+            Self::Vfio(device) => Some(&**device),
+            Self::Pci(device) => device.doorbells(),
             Self::Local(_) | Self::File => None,
+        }
+    }
+
+    /// The id of a guest's device at the ivshmem server, if it has one.
+    pub(crate) fn guest_id(&self) -> Option<u16> {
+        match self {
+            Self::Vfio(_) | Self::Pci(_) => self.doorbells().map(Doorbells::ivposition),
+            Self::Local(_) | Self::File | Self::Host(_) => None,
         }
     }
 
@@ -109,7 +133,7 @@ impl Backing {
     pub(crate) fn settled(&self, mapping: &Mapping) {
         match self {
             Self::Local(file) => file.settled(mapping),
-            Self::File | Self::Host(_) => {}
+            Self::File | Self::Host(_) | Self::Vfio(_) | Self::Pci(_) => {}
         }
     }
 
@@ -120,7 +144,7 @@ impl Backing {
                 file.abandon(mapping);
                 file.name(refused)
             }
-            Self::File | Self::Host(_) => refused,
+            Self::File | Self::Host(_) | Self::Vfio(_) | Self::Pci(_) => refused,
         }
     }
 }

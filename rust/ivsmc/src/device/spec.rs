@@ -2,7 +2,9 @@
 //!
 //! | spec | device |
 //! | --- | --- |
+//! | `vfio:0000:00:05.0` | an ivshmem-doorbell device of this guest, through VFIO |
 //! | `host:/run/ivsmc/ivs0.sock` | the region of an ivshmem server, by its socket |
+//! | `pci:0000:00:05.0` | an ivshmem device of this guest, without interrupts |
 //! | `local` | the private region of this user, made on first use |
 //! | `file:/path` | a shared file |
 
@@ -10,13 +12,19 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use ivsmc_shm::pci::Address;
+
 use crate::{Error, Result};
 
 /// What a device is. In the order of preference: the fastest wake-up first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
+    /// An ivshmem-doorbell device of this guest, through VFIO.
+    Vfio,
     /// The region of an ivshmem server, reached through its socket.
     Host,
+    /// An ivshmem device of this guest, without interrupts.
+    Pci,
     /// The embedded default: a private region of this user.
     Local,
     /// A shared file.
@@ -27,7 +35,9 @@ impl Kind {
     /// The word a spec of this kind starts with.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Vfio => "vfio",
             Self::Host => "host",
+            Self::Pci => "pci",
             Self::Local => "local",
             Self::File => "file",
         }
@@ -43,43 +53,81 @@ impl fmt::Display for Kind {
 /// A well-formed device spec; two that are equal name the same device.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct DeviceSpec {
-    kind: Kind,
-    /// Absolute; empty for `local`.
-    path: PathBuf,
+    place: Place,
     text: String,
+}
+
+/// Where a device is; in the order of [`Kind`].
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Place {
+    /// A PCI function.
+    Vfio(Address),
+    /// An absolute path.
+    Host(PathBuf),
+    /// A PCI function.
+    Pci(Address),
+    /// Where the environment says.
+    Local,
+    /// An absolute path.
+    File(PathBuf),
+}
+
+impl Place {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Vfio(_) => Kind::Vfio,
+            Self::Host(_) => Kind::Host,
+            Self::Pci(_) => Kind::Pci,
+            Self::Local => Kind::Local,
+            Self::File(_) => Kind::File,
+        }
+    }
 }
 
 /// What a spec may look like, for error messages.
 const FORMS: &str = "a device is \"local\", \"file:/path/of/a/shared/file\", \
-     \"host:/path/of/an/ivshmem/server.sock\", several of them separated by commas, or \"none\" \
+     \"host:/path/of/an/ivshmem/server.sock\", in a guest \"vfio:0000:00:05.0\" or \
+     \"pci:0000:00:05.0\" with the PCI address of an ivshmem device, several of them separated by commas, or \"none\" \
      to use TCP only";
 
 impl DeviceSpec {
     /// The embedded default.
     pub(crate) fn local() -> Self {
-        Self { kind: Kind::Local, path: PathBuf::new(), text: Kind::Local.name().into() }
+        Self::new(Place::Local)
     }
 
     /// The ivshmem server that listens at `socket`.
     pub(crate) fn host(socket: &Path) -> Self {
-        Self::at(Kind::Host, socket)
+        Self::new(Place::Host(absolute(socket)))
     }
 
-    fn at(kind: Kind, path: &Path) -> Self {
-        // Fails only for an empty path, which `from_str` refuses, or without a working directory,
-        // where a relative path does not open either.
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let text = format!("{kind}:{}", path.display());
-        Self { kind, path, text }
+    /// The guest's device at `address`, through VFIO.
+    pub(crate) fn vfio(address: Address) -> Self {
+        Self::new(Place::Vfio(address))
+    }
+
+    /// The guest's device at `address`, without VFIO.
+    pub(crate) fn pci(address: Address) -> Self {
+        Self::new(Place::Pci(address))
+    }
+
+    fn new(place: Place) -> Self {
+        let kind = place.kind();
+        let text = match &place {
+            Place::Vfio(address) | Place::Pci(address) => format!("{kind}:{address}"),
+            Place::Host(path) | Place::File(path) => format!("{kind}:{}", path.display()),
+            Place::Local => kind.to_string(),
+        };
+        Self { place, text }
     }
 
     pub(crate) fn kind(&self) -> Kind {
-        self.kind
+        self.place.kind()
     }
 
-    /// The file or socket; empty for `local`.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    /// Where the device is.
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
     }
 
     pub(crate) fn as_str(&self) -> &str {
@@ -115,36 +163,51 @@ impl FromStr for DeviceSpec {
             Some((word, path)) => (word, Some(path)),
             None => (text, None),
         };
-        let kind = match (word, path) {
-            ("local", None) => return Ok(Self::local()),
-            ("host", Some(_)) => Kind::Host,
-            ("file", Some(_)) => Kind::File,
-            ("local", Some(_)) => {
-                return Err(Error::device(text, format!("\"local\" takes no path; {FORMS}")))
-            }
-            ("none", None) => {
-                return Err(Error::device(
+        let Some(path) = path else {
+            return match word {
+                "local" => Ok(Self::local()),
+                "none" => Err(Error::device(
                     text,
                     "\"none\" switches shared memory off and cannot stand beside other devices",
-                ))
-            }
-            ("vfio" | "pci" | "agent", Some(_)) => {
-                return Err(Error::device(
-                    text,
-                    format!("this version has no {word}: devices; {FORMS}"),
-                ))
-            }
-            ("", None) => return Err(Error::device("", format!("no device is named; {FORMS}"))),
-            _ => return Err(Error::device(text, format!("not a device; {FORMS}"))),
+                )),
+                "" => Err(Error::device("", format!("no device is named; {FORMS}"))),
+                _ => Err(Error::device(text, format!("not a device; {FORMS}"))),
+            };
         };
-        match path {
-            Some(path) if path.contains('\0') => {
-                Err(Error::device(text.replace('\0', "\\0"), "the path contains a null character"))
+        if path.contains('\0') {
+            let shown = text.replace('\0', "\\0");
+            return Err(Error::device(shown, "the path contains a null character"));
+        }
+        let path_of = |place: fn(PathBuf) -> Place| {
+            if path.is_empty() {
+                return Err(Error::device(text, format!("no path after \"{word}:\"; {FORMS}")));
             }
-            Some(path) if !path.is_empty() => Ok(Self::at(kind, Path::new(path))),
-            _ => Err(Error::device(text, format!("no path after \"{kind}:\"; {FORMS}"))),
+            Ok(Self::new(place(absolute(Path::new(path)))))
+        };
+        let address_of = |place: fn(Address) -> Place| {
+            path.parse().map(|address| Self::new(place(address))).map_err(|()| {
+                Error::device(text, format!("no PCI address after \"{word}:\"; {FORMS}"))
+            })
+        };
+        match word {
+            "vfio" => address_of(Place::Vfio),
+            "host" => path_of(Place::Host),
+            "pci" => address_of(Place::Pci),
+            "file" => path_of(Place::File),
+            "local" => Err(Error::device(text, format!("\"local\" takes no path; {FORMS}"))),
+            "agent" => {
+                Err(Error::device(text, format!("this version has no {word}: devices; {FORMS}")))
+            }
+            _ => Err(Error::device(text, format!("not a device; {FORMS}"))),
         }
     }
+}
+
+/// The path from the root.
+fn absolute(path: &Path) -> PathBuf {
+    // Fails only for an empty path, which `from_str` refuses, or without a working directory,
+    // where a relative path does not open either.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 impl fmt::Display for DeviceSpec {
@@ -167,23 +230,30 @@ mod tests {
         assert_eq!((local.kind(), local.as_str()), (Kind::Local, "local"));
         let file: DeviceSpec = "file:/dev/shm/region".parse().unwrap();
         assert_eq!(file.kind(), Kind::File);
-        assert_eq!(file.path(), Path::new("/dev/shm/region"));
+        assert_eq!(file.place(), &Place::File("/dev/shm/region".into()));
         let host: DeviceSpec = " host:/run/ivsmc/ivs0.sock ".parse().unwrap();
         assert_eq!((host.kind(), host.as_str()), (Kind::Host, "host:/run/ivsmc/ivs0.sock"));
+        let vfio: DeviceSpec = "vfio:0000:00:05.0".parse().unwrap();
+        assert_eq!((vfio.kind(), vfio.as_str()), (Kind::Vfio, "vfio:0000:00:05.0"));
+        let pci: DeviceSpec = "pci:0A:1f.7".parse().unwrap();
+        assert_eq!((pci.kind(), pci.as_str()), (Kind::Pci, "pci:0000:0a:1f.7"));
+        assert_eq!("vfio:00:05.0".parse::<DeviceSpec>().unwrap(), vfio);
     }
 
     #[test]
     fn a_relative_path_names_the_same_device_from_anywhere() {
         let file: DeviceSpec = "file:region".parse().unwrap();
-        assert!(file.path().is_absolute());
         assert!(file.as_str().starts_with("file:/"));
     }
 
     #[test]
     fn a_list_is_sorted_by_wake_up_and_has_no_doubles() {
-        let specs = DeviceSpec::parse_list("file:/a, local,host:/s,file:/a").unwrap();
+        let specs =
+            DeviceSpec::parse_list("file:/a, pci:00:05.0,local,host:/s,file:/a,vfio:00:06.0")
+                .unwrap();
         let texts: Vec<_> = specs.iter().map(DeviceSpec::as_str).collect();
-        assert_eq!(texts, ["host:/s", "local", "file:/a"]);
+        let sorted = ["vfio:0000:00:06.0", "host:/s", "pci:0000:00:05.0", "local", "file:/a"];
+        assert_eq!(texts, sorted);
         assert!(DeviceSpec::parse_list("none").unwrap().is_empty());
     }
 
@@ -193,7 +263,11 @@ mod tests {
             let words = refusal(text);
             assert!(words.contains("file:/path"), "{text}: {words}");
         }
-        assert!(refusal("vfio:0000:00:05.0").contains("no vfio: devices"));
+        for text in ["vfio:", "pci:5", "vfio:/dev/vfio/7", "pci:0000:00:05.9"] {
+            let words = refusal(text);
+            assert!(words.contains("no PCI address") && words.contains("vfio:0000:"), "{words}");
+        }
+        assert!(refusal("agent:/run/ivsmc/agent.sock").contains("no agent: devices"));
         assert!(refusal("local,none").contains("cannot stand beside"));
         assert!(refusal("file:/a\0b").contains("null character"));
     }
