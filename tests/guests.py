@@ -27,6 +27,8 @@ class Guest(Machine):
         """Device nodes that a process has open."""
         self.broken: set[str] = set()
         """Files that fail when written."""
+        self.programs: dict[str, dict[str, str]] = {}
+        """Which are installed, with what they print for each first argument."""
         self.reloads = 0
         """How often udev was told to read its rules."""
         self.make("/sys/bus/pci/drivers_probe")
@@ -127,6 +129,12 @@ class Guest(Machine):
 
     def reload_udev(self) -> None:
         self.reloads += 1
+
+    def find(self, program: str) -> str | None:
+        return f"/usr/bin/{program}" if program in self.programs else None
+
+    def run(self, program: str, *arguments: str) -> str:
+        return self.programs[program][arguments[0]]
 
     def _judge(self, path: str) -> None:
         if path in self.broken:

@@ -49,7 +49,7 @@ def running(function: Callable[..., Any], *arguments: object) -> Iterator[Remote
     """Run ``function(here, *arguments)`` in a process made anew; its result is sent last."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(theirs, function, arguments), daemon=True)
+    process = context.Process(target=serve, args=(theirs, function, arguments), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -63,7 +63,8 @@ def running(function: Callable[..., Any], *arguments: object) -> Iterator[Remote
         process.close()
 
 
-def _main(pipe: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+def serve(pipe: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+    """Run ``function`` at this end of ``pipe``; at the other is a ``Remote``."""
     try:
         pipe.send(("value", function(Here(pipe), *arguments)))
     except BaseException:

@@ -1,7 +1,8 @@
 """Install ivsmc into a virtual environment and run all its tests, Rust and Python.
 
-Needs Python 3.11 or later with pip, and cargo; everything else comes from the registries. Further
-arguments go to pytest: ``python3 tests/run.py --stream-bytes 2G``.
+Needs Python 3.11 or later with pip, and cargo; everything else comes from the registries. The tests
+in guests need QEMU and a kernel as well, and are skipped without. Further arguments go to pytest:
+``python3 tests/run.py --stream-bytes 2G``.
 """
 
 import subprocess

@@ -13,6 +13,10 @@ from pathlib import Path
 __all__ = ["Machine", "Refused"]
 
 
+_PATIENCE = 30.0
+"""Seconds a program may take."""
+
+
 class Refused(OSError):
     """A command does not do what it was asked; the text names cause and cure."""
 
@@ -93,7 +97,7 @@ class Machine:
         places = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:/usr/libexec"
         return shutil.which(program, path=places)
 
-    def run(self, program: str, *arguments: str, timeout: float = 30.0) -> str:
+    def run(self, program: str, *arguments: str) -> str:
         """Run a program; return what it printed. Raises ``Refused`` with what it complained of."""
         path = self.find(program)
         if path is None:
@@ -105,10 +109,10 @@ class Machine:
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=timeout,
+                timeout=_PATIENCE,
             )
         except subprocess.TimeoutExpired:
-            raise Refused(f"{program} took more than {timeout:.0f} s") from None
+            raise Refused(f"{program} took more than {_PATIENCE:.0f} s") from None
         if result.returncode:
             raise Refused((result.stderr or result.stdout).strip() or f"{program} failed")
         return result.stdout

@@ -1,0 +1,158 @@
+"""Checks of a VM: its ivshmem devices and the way to them."""
+
+import socket
+from collections.abc import Iterator
+
+from ivsmc._cli import pci
+from ivsmc._cli.checks.finding import AGENT, Finding, Scene, note, ok, wrong
+
+_BRIDGE = 0x0604
+
+
+def present(scene: Scene) -> Iterator[Finding]:
+    """Look for devices of a revision that works."""
+    for device in scene.ivshmem:
+        title = (
+            f"{device.address} is {device.model}, revision {device.revision}, "
+            f"region of {device.size >> 20} MiB"
+        )
+        if device.revision == 0:
+            yield wrong(
+                f"{title}: of a QEMU before 2.6, which ivsmc does not support",
+                "start the VM with a newer QEMU: ivsmc qemu-args prints the options, on the host",
+            )
+        else:
+            yield ok(title)
+    if not scene.ivshmem:
+        yield scene.if_guest(
+            "no ivshmem device: this is no VM with a region",
+            "start the VM with one: ivsmc qemu-args (or ivsmc xml), on the host",
+        )
+
+
+def driver(scene: Scene) -> Iterator[Finding]:
+    """Ask that doorbell devices are bound to vfio-pci, and plain ones to nothing."""
+    for device in scene.ivshmem:
+        bind = f"ivsmc bind {device.address}"
+        if device.driver == "vfio-pci":
+            yield ok(f"{device.address} is bound to vfio-pci")
+        elif device.has_doorbell:
+            has = f"the driver {device.driver}" if device.driver else "no driver"
+            yield scene.if_guest(
+                f"{device.address} has {has}: it is used without doorbells, woken over TCP", bind
+            )
+        elif device.driver:
+            yield wrong(
+                f"{device.address} is ivshmem-plain and the driver {device.driver} has it",
+                f"echo {device.address} > /sys/bus/pci/drivers/{device.driver}/unbind",
+            )
+        else:
+            yield ok(f"{device.address} has no driver and, being ivshmem-plain, needs none")
+
+
+def iommu(scene: Scene) -> Iterator[Finding]:
+    """Ask that doorbell devices are in an IOMMU group that VFIO opens."""
+    machine = scene.machine
+    for device in scene.ivshmem:
+        if not device.has_doorbell:
+            continue
+        if device.group is None:
+            if machine.exists("/sys/firmware/acpi/tables/DMAR"):
+                text = "the VM has an Intel IOMMU that Linux does not use"
+                cure = "boot with intel_iommu=on (GRUB_CMDLINE_LINUX in /etc/default/grub)"
+            else:
+                text = "the VM has no IOMMU"
+                cure = "start the VM with one: ivsmc qemu-args (or ivsmc xml), on the host"
+            yield scene.if_guest(f"{device.address} is in no IOMMU group: {text}", cure)
+            continue
+        if device.is_noiommu:
+            yield note(
+                f"{device.address} is bound without an IOMMU: who may open {device.node} can "
+                "write anywhere in this VM",
+                "start the VM with an IOMMU: ivsmc qemu-args (or ivsmc xml), on the host",
+            )
+            continue
+        others = {
+            address: machine.target(f"{pci.DEVICES}/{address}/driver")
+            for address in machine.names(f"/sys/kernel/iommu_groups/{device.group}/devices")
+            if address != device.address
+        }
+        users = [
+            f"{address} ({name})"
+            for address, name in others.items()
+            if name not in (None, "vfio-pci") and not _is_bridge(scene, address)
+        ]
+        units = ", ".join(machine.names("/sys/class/iommu")) or "IOMMU"
+        if users:
+            yield wrong(
+                f"{device.address} shares IOMMU group {device.group} with {', '.join(users)}: "
+                "VFIO does not open it",
+                "put the device directly on pcie.0 of the VM: ivsmc qemu-args (or ivsmc xml)",
+            )
+        else:
+            company = f", with {', '.join(others)}" if others else ", alone"
+            yield ok(f"{device.address} is in group {device.group} of {units}{company}")
+
+
+def modules(scene: Scene) -> Iterator[Finding]:
+    """Ask that all of VFIO is loaded."""
+    bound = [device for device in scene.ivshmem if device.driver == "vfio-pci"]
+    if not bound:
+        return
+    wanted = ["vfio", "vfio_pci"]
+    if not all(device.is_noiommu for device in bound):
+        wanted.append("vfio_iommu_type1")
+    if missing := [name for name in wanted if not scene.machine.exists(f"/sys/module/{name}")]:
+        yield wrong(f"not loaded: {', '.join(missing)}", f"modprobe -a {' '.join(missing)}")
+    else:
+        yield ok(f"loaded: {', '.join(wanted)}")
+
+
+def access(scene: Scene) -> Iterator[Finding]:
+    """Ask that this user may use the devices."""
+    machine = scene.machine
+    for device in scene.ivshmem:
+        bound = device.driver == "vfio-pci"
+        path = device.node if bound and device.node else f"{device.path}/resource2"
+        container = "/dev/vfio/vfio"
+        if bound and scene.has_agent:
+            yield ok(f"{path} is the agent's")
+        elif not machine.exists(path):
+            yield wrong(f"there is no {path}", "in a container: give it /dev/vfio of the VM")
+        elif bound and not (machine.exists(container) and machine.is_usable(container)):
+            yield wrong(f"{container} cannot be opened", f"chmod 666 {container}")
+        elif machine.is_usable(path):
+            yield ok(f"{path} is usable by this user")
+        else:
+            yield wrong(
+                f"this user may not use {path}",
+                f"groupadd --system ivsmc; usermod -aG ivsmc $USER; "
+                f"ivsmc bind {device.address} --group ivsmc",
+            )
+
+
+def agent(scene: Scene) -> Iterator[Finding]:
+    """Ask the agent, if there is one."""
+    if not scene.has_agent:
+        if any(device.driver == "vfio-pci" for device in scene.ivshmem):
+            yield note(
+                "no agent: one process at a time can use a device through VFIO", "ivsmc agent"
+            )
+        return
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(2)
+        try:
+            client.connect(str(scene.machine.at(AGENT)))
+        except PermissionError:
+            yield wrong(
+                f"this user may not use {AGENT}", "add the user to the group of that socket"
+            )
+        except OSError as error:
+            yield wrong(f"{AGENT} does not answer: {error.strerror or error}", "ivsmc agent")
+        else:
+            yield ok(f"the agent answers at {AGENT}")
+
+
+def _is_bridge(scene: Scene, address: str) -> bool:
+    kind = scene.machine.read(f"{pci.DEVICES}/{address}/class") or "0"
+    return int(kind, 16) >> 8 == _BRIDGE

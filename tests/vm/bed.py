@@ -1,0 +1,67 @@
+"""The test bed: two guests, the host between them, and the ivshmem server that joins all three."""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vm import guest, tasks
+from vm.guest import Guest, Kernel
+from vm.machine import Machine, namespace
+
+REGION_BYTES = 64 * 1024 * 1024
+SHM = Path("/dev/shm")
+
+
+@dataclass
+class Bed:
+    """All machines of the test bed, and what they share."""
+
+    host: Machine
+    guests: tuple[Guest, Guest]
+    kernel: Kernel
+    server: Path
+    """Socket of the ivshmem server."""
+    memory: Path
+    """File of the region that the guests have as ivshmem-plain."""
+
+    def boot(self, machine: Guest) -> None:
+        """Start a guest; its ``set_up`` waits until it is there."""
+        machine.boot(self.kernel, self.server, self.memory)
+
+
+@contextlib.contextmanager
+def test_bed(kernel: Kernel) -> Iterator[Bed]:
+    """All of it, up and idle."""
+    with contextlib.ExitStack() as cleanup:
+        directory = Path(tempfile.mkdtemp(prefix="ivsmc-vm-", dir=SHM))
+        cleanup.callback(shutil.rmtree, directory)
+        host = cleanup.enter_context(namespace("host"))
+        guests = (Guest("one", host, 1, directory), Guest("two", host, 2, directory))
+        host.call(tasks.set_up_network, [each.tap for each in guests])
+        memory = directory / "plain"
+        with memory.open("xb") as file:
+            file.truncate(REGION_BYTES)
+        server = cleanup.enter_context(_server(host, directory))
+        bed = Bed(host, guests, kernel, server, memory)
+        for each in guests:
+            cleanup.callback(each.close)
+            bed.boot(each)
+        for each in guests:
+            each.set_up()
+        yield bed
+
+
+@contextlib.contextmanager
+def _server(host: Machine, directory: Path) -> Iterator[Path]:
+    """``ivsmc server`` in the host; its socket."""
+    path = directory / "ivs.sock"
+    command = [sys.executable, "-m", "ivsmc", "server", str(path), "--size", str(REGION_BYTES)]
+    command += ["--vectors", str(guest.VECTORS)]
+    with host.running(tasks.run_server, command) as server:
+        assert "listening" in server.receive()
+        yield path
+        server.send("stop")
