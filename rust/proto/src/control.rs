@@ -32,7 +32,8 @@ pub const WRITER_FLAGS: u64 = LINE + 8;
 /// Offset of `consumed`: bytes read since the DMB was invited, free-running, `<= produced`.
 pub const CONSUMED: u64 = 2 * LINE;
 
-/// Offset of the reader's end flags, [`READER_CLOSED`] and others; bits are only ever added.
+/// Offset of the reader's flags, [`READER_CLOSED`] and others; bits that end something are only
+/// ever added.
 pub const READER_FLAGS: u64 = 2 * LINE + 8;
 
 /// Offset of the reader's wait word: nonzero while the reader wants to be woken by a publication.
@@ -64,8 +65,12 @@ pub const READER_CLOSED: u64 = 1;
 /// Reader flag: the reader gave up, bytes may be unread.
 pub const READER_ABORTED: u64 = 2;
 
-/// Every reader flag this version knows; others are not looked at.
-pub const READER_FLAGS_KNOWN: u64 = READER_CLOSED | READER_ABORTED;
+/// Reader flag: the reader has received a doorbell of the writer's slot, so the writer may notify it
+/// by doorbell instead of a byte. It ends nothing, and may be taken back.
+pub const READER_HEARD: u64 = 4;
+
+/// Every reader flag that ends the direction; others are not looked at there.
+pub const READER_ENDS: u64 = READER_CLOSED | READER_ABORTED;
 
 const _: () = {
     let mut i = 0;

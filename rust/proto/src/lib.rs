@@ -28,3 +28,4 @@ pub mod reclaim;
 pub mod region;
 pub mod ring;
 pub mod slot;
+pub mod summary;

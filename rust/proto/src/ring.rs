@@ -50,7 +50,7 @@
 use core::fmt;
 use core::sync::atomic::Ordering;
 
-use crate::control::{READER_WAIT, WRITER_WAIT};
+use crate::control::{READER_FLAGS, READER_HEARD, READER_WAIT, WRITER_WAIT};
 use crate::memory::Memory;
 
 mod consumer;
@@ -99,6 +99,23 @@ impl Place {
     pub fn writer_waits<M: Memory>(&self, m: &M) -> bool {
         // Acquire: pairs with the swap in `Consumer::take_writer_wait`.
         m.load(self.control + WRITER_WAIT, Ordering::Acquire) != 0
+    }
+
+    /// Says that the reader has received a doorbell of the writer. For the thread of the reader's
+    /// process that drained it; needs no `Consumer`, which another thread may hold.
+    #[inline]
+    pub fn set_heard<M: Memory>(&self, m: &M) {
+        // Read by `Producer::is_heard`, which needs no order.
+        m.fetch_or(self.control + READER_FLAGS, READER_HEARD);
+    }
+
+    /// Takes [`Place::set_heard`] back: a doorbell got lost. No matter if it fails, as it may while
+    /// somebody else changes the flags.
+    #[cold]
+    pub fn withdraw_heard<M: Memory>(&self, m: &M) {
+        let at = self.control + READER_FLAGS;
+        let flags = m.load(at, Ordering::Relaxed);
+        let _ = m.compare_exchange(at, flags, flags & !READER_HEARD);
     }
 
     /// Offset of stream byte `cursor`, and how many of `count` bytes lie before the wrap.

@@ -16,6 +16,7 @@ use core::fmt;
 use crate::layout::WORD;
 use crate::memory::Memory;
 use crate::region::Region;
+use crate::summary;
 
 /// Offset of the claim word in a slot.
 const CLAIM: u64 = 0;
@@ -46,9 +47,6 @@ const FREE: u64 = 0;
 const LIVE: u64 = 1;
 /// The life of a dead slot.
 const DEAD: u64 = 2;
-
-/// Words of summary bits of a slot.
-pub const SUMMARY_WORDS: u64 = 16;
 
 /// One attachment: a slot in one generation.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -227,7 +225,7 @@ impl<M: Memory> Region<M> {
         if !self.replace(claim, word, new) {
             return None;
         }
-        for bits in 0..SUMMARY_WORDS {
+        for bits in 0..summary::WORDS {
             self.set_word(claim + SUMMARY + bits * WORD, 0);
         }
         Some(SlotRef { index, generation: generation(new) })
@@ -316,14 +314,26 @@ impl<M: Memory> Region<M> {
         self.geometry().slot(index) + CLAIM
     }
 
-    /// Offset of summary word `word` of slot `index`: bit `n % 64` of word `n / 64 % 16` stands for
-    /// the local session `n` of the slot's owner.
+    /// Sets summary bit `number` of `peer`, before it is notified. A slot that is somebody else's by
+    /// now looks in vain.
     ///
     /// # Panics
-    /// If there is no such slot or word.
-    pub fn summary_offset(&self, index: u16, word: u64) -> u64 {
-        assert!(word < SUMMARY_WORDS, "summary word {word} of {SUMMARY_WORDS}");
-        self.slot_claim_offset(index) + SUMMARY + word * WORD
+    /// If there is no such slot.
+    pub fn set_summary(&self, peer: SlotRef, number: u16) {
+        summary::set(self.memory(), self.summary_offset(peer.index), number);
+    }
+
+    /// Takes all summary bits of `me`, the caller, who has drained the doorbell before.
+    ///
+    /// # Panics
+    /// If there is no such slot.
+    pub fn take_summary(&self, me: SlotRef, taken: impl FnMut(u16)) {
+        summary::take(self.memory(), self.summary_offset(me.index), taken);
+    }
+
+    /// Offset of the summary words of slot `index`.
+    fn summary_offset(&self, index: u16) -> u64 {
+        self.slot_claim_offset(index) + SUMMARY
     }
 }
 
@@ -332,6 +342,7 @@ mod tests {
     use super::*;
     use crate::heap::HeapMemory;
     use crate::layout::MIN_REGION;
+    use alloc::vec;
     use core::sync::atomic::Ordering;
 
     fn region() -> Region<HeapMemory> {
@@ -405,12 +416,27 @@ mod tests {
         assert_eq!(region.slot_info(at), None);
         region.set_slot_info(at, &info);
         assert_eq!(region.slot_info(at), Some(info));
-        region.memory().store(region.summary_offset(2, 15), 1, Ordering::Relaxed);
+        region.set_summary(at, 1023);
         region.reclaim(at);
         assert_eq!(region.slot_info(at), None);
         let next = region.claim_slot(2, Prover::None).unwrap();
         assert_eq!(region.slot_info(next), None);
-        assert_eq!(region.memory().load(region.summary_offset(2, 15), Ordering::Relaxed), 0);
-        assert_eq!(region.summary_offset(3, 0) - region.summary_offset(2, 15), 256 - 15 * 8);
+        // A successor does not look for what its predecessor was notified of.
+        region.take_summary(next, |number| panic!("{number}"));
+    }
+
+    #[test]
+    fn summary_bits_are_the_slots_own() {
+        let region = region();
+        let slots = [1, 2, 3].map(|index| region.claim_slot(index, Prover::None).unwrap());
+        region.set_summary(slots[1], 0);
+        region.set_summary(slots[1], 1023);
+        let taken = |at| {
+            let mut numbers = alloc::vec::Vec::new();
+            region.take_summary(at, |number| numbers.push(number));
+            numbers
+        };
+        assert_eq!(slots.map(taken), [vec![], vec![0, 1023], vec![]]);
+        assert_eq!(region.slot_state(3), SlotState::Live { at: slots[2], prover: Prover::None });
     }
 }

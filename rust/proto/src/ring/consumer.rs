@@ -5,8 +5,8 @@ use core::sync::atomic::Ordering;
 
 use super::{bounded, PeerMisbehaved, Place};
 use crate::control::{
-    CONSUMED, PRODUCED, READER_FLAGS, READER_FLAGS_KNOWN, READER_WAIT, WRITER_FLAGS,
-    WRITER_FLAGS_KNOWN, WRITER_WAIT,
+    CONSUMED, PRODUCED, READER_ENDS, READER_FLAGS, READER_WAIT, WRITER_FLAGS, WRITER_FLAGS_KNOWN,
+    WRITER_WAIT,
 };
 use crate::memory::Memory;
 
@@ -247,8 +247,7 @@ impl Consumer {
     fn wakes_at_any_fill<M: Memory>(&self, m: &M) -> bool {
         // Relaxed: this end wrote them.
         m.load(self.place.control + READER_WAIT, Ordering::Relaxed) != 0
-            || m.load(self.place.control + READER_FLAGS, Ordering::Relaxed) & READER_FLAGS_KNOWN
-                != 0
+            || m.load(self.place.control + READER_FLAGS, Ordering::Relaxed) & READER_ENDS != 0
     }
 
     /// Bytes available by the last accepted `produced`; there may be more.

@@ -4,7 +4,8 @@ use core::sync::atomic::Ordering;
 
 use super::{bounded, PeerMisbehaved, Place};
 use crate::control::{
-    CONSUMED, PRODUCED, READER_FLAGS, READER_FLAGS_KNOWN, READER_WAIT, WRITER_FLAGS, WRITER_WAIT,
+    CONSUMED, PRODUCED, READER_ENDS, READER_FLAGS, READER_HEARD, READER_WAIT, WRITER_FLAGS,
+    WRITER_WAIT,
 };
 use crate::memory::Memory;
 
@@ -169,7 +170,14 @@ impl Producer {
     #[inline]
     pub fn reader_flags<M: Memory>(&self, m: &M) -> u64 {
         // Acquire: pairs with the Release in `Consumer::set_flags`.
-        m.load(self.place.control + READER_FLAGS, Ordering::Acquire) & READER_FLAGS_KNOWN
+        m.load(self.place.control + READER_FLAGS, Ordering::Acquire) & READER_ENDS
+    }
+
+    /// Whether the reader has received a doorbell of this end: the next one will come, too.
+    #[inline]
+    pub fn is_heard<M: Memory>(&self, m: &M) -> bool {
+        // Relaxed: nothing is read because of it. Set by `Place::set_heard`.
+        m.load(self.place.control + READER_FLAGS, Ordering::Relaxed) & READER_HEARD != 0
     }
 
     /// Room by the last accepted `consumed`; there may be more.
