@@ -155,7 +155,12 @@ impl<H: Host> Connecting<'_, H> {
             Regions::open(lease, device)?
         } else {
             // A device may take seconds to open, and need what other threads of this process do.
-            self.host.blocking(|| Regions::open(lease, device))?
+            let opened = self.host.blocking(|| Regions::open(lease, device))?;
+            // A signal that came meanwhile interrupts nothing that comes now.
+            if self.host.handles_signals() {
+                self.host.interrupted()?;
+            }
+            opened
         };
         if regions.attachments.is_empty() {
             return Ok(Err(regions.fallback()));

@@ -8,6 +8,10 @@
 //! The connection stays open as long as the attachment lives: its end is what tells the ivshmem
 //! server that this client has left, and must never come earlier. What the ivshmem server says
 //! later is read by the background thread, so that it never waits for this client.
+//!
+//! The vectors this client is notified on come last in the welcome, in messages of their own, and
+//! nothing says how many they are. As a process says in the region on which vector it is to be
+//! notified, they are waited for, shortly: an ivshmem server may have none to give.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -30,6 +34,16 @@ use crate::reactor::{lock, Key, Reactor, Source};
 /// Longest wait for the ivshmem server to send the region.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// Longest wait for the first own vector, since the last message: one that has none costs this much.
+const FIRST_VECTOR: Duration = Duration::from_millis(250);
+
+/// Longest wait for the second own vector, since the first, where no other client's show how many
+/// each has. If it comes later, it is not used.
+const SECOND_VECTOR: Duration = Duration::from_millis(20);
+
+/// Own vectors that are used: for departures, and for sessions.
+const OWN_VECTORS: usize = 2;
+
 /// Messages taken in one turn of the background thread, which has others to serve.
 const TURN: usize = 1024;
 
@@ -48,8 +62,7 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
     let socket = connect(path, until).map_err(|error| Unusable::device(refusal(&error)))?;
     let mut hearing = Hearing::default();
     let (id, region) = welcome(&socket, &mut hearing, until)?;
-    // What is there already, so that the number of own vectors is known when the slot is claimed.
-    hearing.take(&socket, TURN);
+    hearing.await_own_vectors(&socket);
     let (fd, lockable) = match reopen(&region) {
         Ok(fd) => (fd, true),
         Err(_) => (region, false),
@@ -66,6 +79,7 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
         socket,
         id,
         own: std::mem::take(&mut hearing.own),
+        peers: std::mem::take(&mut hearing.peers),
         hearing: Mutex::new(hearing),
         gone: AtomicBool::new(false),
         watched: Mutex::default(),
@@ -148,6 +162,7 @@ pub(crate) struct Link {
     id: u16,
     /// Own vectors that came with the welcome, the first of them vector 0.
     own: Vec<EventFd>,
+    peers: Arc<Peers>,
     hearing: Mutex<Hearing>,
     /// The ivshmem server has ended the connection.
     gone: AtomicBool,
@@ -188,7 +203,7 @@ impl Doorbells for Link {
     }
 
     fn own(&self) -> Option<(u16, &EventFd)> {
-        let (vector, eventfd) = (0..).zip(&self.own).take(2).last()?;
+        let (vector, eventfd) = (0..).zip(&self.own).last()?;
         Some((vector, eventfd))
     }
 
@@ -197,9 +212,14 @@ impl Doorbells for Link {
     }
 
     fn notify(&self, ivposition: u16, vector: u16) -> bool {
-        let hearing = lock(&self.hearing);
-        let eventfd = hearing.peers.get(&ivposition).and_then(|them| them.get(usize::from(vector)));
-        // Refused only when 2^64 - 1 notifications are pending.
+        if ivposition == self.id {
+            return self.own.get(usize::from(vector)).is_some_and(|own| own.notify().is_ok());
+        }
+        // The lock is for the look-up alone: others notify, too, and the ivshmem server is listened to.
+        let eventfd = {
+            let peers = lock(&self.peers);
+            peers.get(&ivposition).and_then(|them| them.get(usize::from(vector))).cloned()
+        };
         eventfd.is_some_and(|eventfd| eventfd.notify().is_ok())
     }
 }
@@ -230,10 +250,16 @@ struct Hearing {
     /// It broke its protocol after the welcome: read and thrown away from now on. Leaving instead
     /// would give this client's id to others while it still uses the region.
     deaf: bool,
+    /// At most [`OWN_VECTORS`].
     own: Vec<EventFd>,
-    peers: BTreeMap<u16, Vec<EventFd>>,
+    /// Own vectors that came, kept or not.
+    own_vectors: u16,
+    peers: Arc<Peers>,
     kept: usize,
 }
+
+/// The eventfds of other clients, by id and vector.
+type Peers = Mutex<BTreeMap<u16, Vec<Arc<EventFd>>>>;
 
 enum Heard {
     Event(ClientEvent, Option<Fd>),
@@ -296,27 +322,59 @@ impl Hearing {
         }
     }
 
+    /// Waits for what is left of the welcome: the vectors of others, and the own ones.
+    fn await_own_vectors(&mut self, socket: &Fd) {
+        loop {
+            if !self.take(socket, TURN) || self.deaf || self.own_vectors >= 2 {
+                return;
+            }
+            let others = lock(&self.peers).values().map(Vec::len).max().unwrap_or(0);
+            let patience = match self.own_vectors {
+                0 => FIRST_VECTOR,
+                _ if others > 0 && others <= usize::from(self.own_vectors) => return,
+                _ => SECOND_VECTOR,
+            };
+            // An interrupted wait only means to look again.
+            if let Ok(0) = poll::poll(&mut [PollFd::new(socket, poll::IN)], Some(patience)) {
+                return;
+            }
+        }
+    }
+
     /// Keeps the doorbells of an event.
     fn keep(&mut self, event: ClientEvent, fd: Option<Fd>) {
         match event {
             ClientEvent::PeerLeft { peer } => {
-                let doorbells = self.peers.remove(&peer).unwrap_or_default();
+                let doorbells = lock(&self.peers).remove(&peer).unwrap_or_default();
                 self.kept -= doorbells.len();
             }
-            ClientEvent::PeerVector { peer, .. } => {
-                let doorbells = self.peers.entry(peer).or_default();
-                let Some(fd) = fd.filter(|_| self.kept < KEPT) else { return };
-                if let Ok(doorbell) = EventFd::adopt(fd) {
-                    doorbells.push(doorbell);
+            ClientEvent::PeerVector { peer, vector } => {
+                let adopted =
+                    fd.filter(|_| self.kept < KEPT).and_then(|fd| EventFd::adopt(fd).ok());
+                let mut peers = lock(&self.peers);
+                let doorbells = peers.entry(peer).or_default();
+                // Without a gap: the place in the list is the vector's number.
+                if let Some(doorbell) = adopted.filter(|_| doorbells.len() == usize::from(vector)) {
+                    doorbells.push(Arc::new(doorbell));
                     self.kept += 1;
                 }
             }
-            ClientEvent::OwnVector { .. } => {
+            ClientEvent::OwnVector { vector } => {
+                let is_next = self.own.len() == usize::from(vector) && self.own.len() < OWN_VECTORS;
+                let fd = fd.filter(|fd| is_next && is_eventfd(fd));
                 self.own.extend(fd.and_then(|fd| EventFd::adopt(fd).ok()));
+                self.own_vectors = vector + 1;
             }
             ClientEvent::Version | ClientEvent::OwnId(_) | ClientEvent::Region => {}
         }
     }
+}
+
+/// Whether `fd` is an eventfd, as far as it can be told. This process sleeps on it, and would not
+/// sleep on something that always has bytes.
+fn is_eventfd(fd: &Fd) -> bool {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .map_or(true, |name| name.as_os_str() == "anon_inode:[eventfd]")
 }
 
 /// Whether a failed read says nothing about the connection.
