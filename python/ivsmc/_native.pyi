@@ -92,7 +92,12 @@ class Stream:
     def fallback_reason(self) -> Fallback | None:
         """Why it is TCP; None on shared memory."""
     def stats(self) -> dict[str, Any]:
-        """Return counters: bytes each way, wakes, waits, buffer sizes in bytes, device, slots."""
+        """Return counters: bytes each way, wakes over TCP and by doorbell, waits, buffer sizes, device.
+
+        ``wakes_sent`` and ``wakes_received`` count bytes on the TCP connection that woke the other
+        end, or this one; ``doorbells_sent`` and ``doorbells_received`` doorbells. One received may
+        be about another session: a process has one for all, with 1,024 bits to tell them apart.
+        """
     def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
         """Send some of ``data``; return the bytes taken."""
     def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
@@ -222,7 +227,12 @@ class Device:
     def kind(self) -> str:
         """``vfio``, ``host``, ``pci``, ``local`` or ``file``."""
     def stats(self) -> dict[str, Any]:
-        """Return counters of this process's attachment."""
+        """Return counters of this process's attachment.
+
+        ``vector`` is the one on which its doorbell is notified, None if the device has none;
+        ``doorbells_lost`` counts those that only the look every half second has found,
+        ``departures`` the peers whose end a doorbell has told.
+        """
     def census(self) -> dict[str, int]:
         """Return what is in use in the region: slots, listeners, intents, extents, DMBs."""
     def reap(self) -> int:

@@ -20,6 +20,7 @@
 //!
 //! After `fork`, the child's copies of these values do nothing to the region.
 
+mod doorbell;
 mod memory;
 mod reap;
 #[cfg(test)]
@@ -41,6 +42,9 @@ use ivsmc_shm::{file as files, fork, lock as locks, net};
 use crate::device::{self, Backing, DeviceSpec, Doorbells, Kind, Opened, Unusable};
 use crate::reactor::{lock, Reactor};
 
+use doorbell::Doorbell;
+pub use doorbell::DoorbellStats;
+pub(crate) use doorbell::{Armed, Ear, Notified, BACKSTOP};
 use memory::Pool;
 pub(crate) use memory::{OwnDmb, PeerDmb};
 use reap::Judge;
@@ -58,6 +62,8 @@ pub(crate) struct Attachment {
     /// Held while reaping: see the module's words about locks.
     reaping: Mutex<()>,
     backing: Backing,
+    /// How this process is notified, if the device can.
+    doorbell: Option<Doorbell>,
     /// The background thread, once it looks after this attachment.
     reactor: OnceLock<Weak<Reactor>>,
     generation: u32,
@@ -94,6 +100,8 @@ impl Attachment {
         match claim(&mapping, lockable, &backing) {
             Ok(Claimed { region, me, judge, record }) => {
                 backing.settled(&mapping);
+                let can_be_notified = backing.doorbells().and_then(Doorbells::own).is_some();
+                let slots = region.geometry().slots();
                 Ok(Arc::new(Self {
                     spec: spec.clone(),
                     pool: Mutex::new(Pool::new(region.geometry())),
@@ -104,6 +112,7 @@ impl Attachment {
                     record: Mutex::new(Arc::new(record)),
                     reaping: Mutex::default(),
                     backing,
+                    doorbell: can_be_notified.then(|| Doorbell::new(slots)),
                     reactor: OnceLock::new(),
                     generation: fork::generation(),
                     left: AtomicBool::new(false),
@@ -169,9 +178,10 @@ impl Attachment {
     }
 
     /// Has the background thread look after the limbo and what belongs to the device.
-    pub(crate) fn watch(&self, reactor: &Arc<Reactor>) -> crate::Result<()> {
+    pub(crate) fn watch(self: &Arc<Self>, reactor: &Arc<Reactor>) -> crate::Result<()> {
         // Only the first one: an attachment lives no longer than the background thread.
         let _ = self.reactor.set(Arc::downgrade(reactor));
+        self.watch_departures(reactor)?;
         match &self.backing {
             Backing::Host(link) => link.watch(reactor),
             Backing::Local(_) | Backing::File | Backing::Vfio(_) | Backing::Pci(_) => Ok(()),
@@ -219,6 +229,7 @@ impl Attachment {
         if !self.is_current() || self.left.swap(true, Ordering::AcqRel) {
             return;
         }
+        self.unwatch_doorbell();
         let mapping = Arc::clone(self.region.memory());
         let last_look = match &self.backing {
             Backing::Local(file) => file.begin_to_leave(&mapping),

@@ -10,7 +10,7 @@ use ivsmc_proto::reclaim::Census;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::{fork, net, pci, poll};
 
-use crate::attachment::{Attachment, AttachmentStats};
+use crate::attachment::{Attachment, AttachmentStats, DoorbellStats};
 use crate::device::{self, DeviceSpec, Kind, Unusable};
 use crate::fallback::Reason;
 use crate::reactor::{lock, Key, Reactor, Source};
@@ -362,6 +362,8 @@ pub struct RegionInfo {
     pub extent_size: u64,
     /// What this process has in it.
     pub own: AttachmentStats,
+    /// How it is notified; `None` if it cannot be by doorbell.
+    pub doorbell: Option<DoorbellStats>,
     /// What all have in it.
     pub census: Census,
 }
@@ -378,6 +380,7 @@ impl RegionInfo {
             extents: geometry.extents(),
             extent_size: geometry.extent_size(),
             own: attachment.stats(),
+            doorbell: attachment.doorbell_stats(),
             census: attachment.census(),
         }
     }

@@ -29,7 +29,7 @@ mod source;
 mod spin;
 mod wait;
 
-pub use attachment::AttachmentStats;
+pub use attachment::{AttachmentStats, DoorbellStats};
 pub use bare::{limit, Limit};
 pub use connect::{connect, ConnectOptions, Require};
 pub use device::Kind;

@@ -8,6 +8,7 @@
 //! the copy and never while waiting.
 
 mod ends;
+mod notify;
 mod smc;
 mod tcp;
 
@@ -97,6 +98,10 @@ pub struct SessionStats {
     pub wakes_sent: u64,
     /// Times bytes on the TCP connection woke this end.
     pub wakes_received: u64,
+    /// Doorbells sent to the peer.
+    pub doorbells_sent: u64,
+    /// Times a doorbell was about this session, or about one with the same summary bit.
+    pub doorbells_received: u64,
     /// Times a thread of this end went to sleep.
     pub sleeps: u64,
     /// Capacity of the ring this end receives from, in bytes; 0 on TCP.
@@ -152,6 +157,9 @@ impl Session {
         }
         // Dropping `inner` on an error forgets the key again.
         reactor.watch(key, &*conn, poll::RDHUP | poll::ET)?;
+        if let Path::Smc(link) = &inner.path {
+            inner.begin_to_hear(link);
+        }
         Ok(Self { inner })
     }
 
@@ -435,13 +443,14 @@ impl Session {
         let conn = inner.conn()?;
         let Path::Smc(link) = &inner.path else { return Ok(conn.as_raw_fd()) };
         let mut readiness = lock(&link.readiness);
-        if let Some(readiness) = readiness.as_ref() {
+        if let Some((readiness, _)) = readiness.as_ref() {
             return Ok(readiness.descriptor());
         }
         // `close` marks the session, then takes what is here: it sees this, or this sees the mark.
         inner.check()?;
-        let made = readiness.insert(Readiness::new()?);
+        let made = Readiness::new()?;
         let descriptor = made.descriptor();
+        *readiness = Some((made, link.arm_doorbell()));
         drop(readiness);
         link.armed.store(true, Ordering::SeqCst);
         if let (Some(&key), Some(reactor)) = (link.key.get(), inner.reactor()) {

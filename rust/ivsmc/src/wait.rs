@@ -13,12 +13,15 @@
 //!   odd:  futex_wait(turn, seen)
 //! ```
 //!
+//! Where the attachment has a doorbell, the leader is one of those that sleep on that
+//! (`attachment::doorbell`), and polls it, too, while it leads them all.
+//!
 //! One word says both, so whoever saw `seen` before its `ready` neither sleeps past the end of a
 //! turn nor leads after one that may have drained its byte (`proto`'s loom models show it).
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ivsmc_proto::frame::FrameDecoder;
 use ivsmc_shm::fd::Fd;
@@ -26,6 +29,7 @@ use ivsmc_shm::net::{self, MSG_DONTWAIT};
 use ivsmc_shm::poll::{self, EventFd, PollFd};
 use ivsmc_shm::{futex, mem};
 
+use crate::attachment::{Ear, BACKSTOP};
 use crate::host::Deadline;
 use crate::reactor::lock;
 use crate::{Error, Result};
@@ -75,12 +79,25 @@ pub(crate) enum Drained {
     Open,
     /// End of stream, reset or another error: the connection is over.
     Ended,
+    /// Not the connection, but a doorbell that is about this session.
+    Doorbell,
+}
+
+/// What ended a leader's sleep.
+enum Woken {
+    /// Another thread of this process, or nothing.
+    Bell,
+    /// Something on the connection.
+    Connection,
+    /// A doorbell about this session.
+    Doorbell,
 }
 
 impl Sleeper {
     /// Sleeps until `ready`, which sets the wait flag and looks again before it says no.
     ///
-    /// `ended` is told once a drain finds the connection over; `ready` must say yes from then on.
+    /// `drained` is told what woke the leader; once that is the end of the connection, `ready` must
+    /// say yes. `ear` is the doorbell of the session's attachment.
     ///
     /// # Errors
     /// `TimedOut` at the deadline, `Interrupted` by a signal, or what `ready` reports.
@@ -88,6 +105,7 @@ impl Sleeper {
         &self,
         conn: &Fd,
         bells: &Bells,
+        ear: Option<&Ear>,
         deadline: Deadline,
         mut ready: impl FnMut() -> Result<bool>,
         mut drained: impl FnMut(Drained),
@@ -106,10 +124,11 @@ impl Sleeper {
             if !self.lead(seen) {
                 continue;
             }
-            let polled = self.poll(conn, bells, left, seen + 1);
+            let polled = self.poll(conn, bells, ear, left, seen + 1);
             match polled {
-                Ok(false) => {}
-                Ok(true) => drained(self.drain(conn)),
+                Ok(Woken::Bell) => {}
+                Ok(Woken::Connection) => drained(self.drain(conn)),
+                Ok(Woken::Doorbell) => drained(Drained::Doorbell),
                 Err(error) => {
                     self.end_turn(conn, &mut drained);
                     return Err(error);
@@ -127,32 +146,83 @@ impl Sleeper {
         }
     }
 
-    /// Sleeps on the connection as the leader; returns whether it has something.
-    fn poll(&self, conn: &Fd, bells: &Bells, left: Option<Duration>, mine: u32) -> Result<bool> {
+    /// Sleeps on the connection as the leader, whose turn is `mine`; on the doorbell, too, while this
+    /// thread leads on that.
+    fn poll(
+        &self,
+        conn: &Fd,
+        bells: &Bells,
+        ear: Option<&Ear>,
+        left: Option<Duration>,
+        mine: u32,
+    ) -> Result<Woken> {
         let bell = bells.take()?;
         *lock(&self.bell) = Some(Arc::clone(&bell));
-        // `wake_all` changes the turn, then looks for the bell; we set the bell, then look at the
-        // turn. (The locks of `bell` order the two.)
-        let polled = if self.turn.load(Ordering::SeqCst) == mine {
-            let mut fds =
-                [PollFd::new(conn, poll::IN | poll::RDHUP), PollFd::new(&*bell, poll::IN)];
-            poll::poll(&mut fds, left).map(|_| (fds[0].revents() != 0, fds[1].revents() != 0))
-        } else {
-            Ok((false, false))
-        };
+        let polled = self.poll_until(conn, &bell, ear, left, mine);
         *lock(&self.bell) = None;
-        // Nobody can ring it any more; an eventfd of our own does not fail.
-        if !matches!(polled, Ok((_, false))) {
-            let _ = bell.drain();
-        }
+        // It may have been rung meanwhile: whoever has it next looks once in vain.
         bells.put(bell);
         match polled {
-            Ok((something, _)) => Ok(something),
+            Ok(woken) => Ok(woken),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
                 Err(Error::Interrupted)
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn poll_until(
+        &self,
+        conn: &Fd,
+        bell: &Arc<EventFd>,
+        ear: Option<&Ear>,
+        left: Option<Duration>,
+        mine: u32,
+    ) -> std::io::Result<Woken> {
+        // Only a sleep that is cut into pieces needs to know when it ends.
+        let end = ear.and(left).and_then(|left| Instant::now().checked_add(left));
+        let mut left = left;
+        let seat = ear.map(|ear| ear.enter(bell));
+        // `wake_all` changes the turn, then looks for the bell and rings it; we have set the bell,
+        // and look at the turn before each sleep, after the bell was drained. (The locks of `bell`
+        // order the two.) So it is with the lead, which is given before the bell is rung.
+        while self.turn.load(Ordering::SeqCst) == mine {
+            let doorbell = seat.as_ref().and_then(|seat| Some((seat, seat.doorbell()?)));
+            let mut fds = [
+                PollFd::new(conn, poll::IN | poll::RDHUP),
+                PollFd::new(&**bell, poll::IN),
+                PollFd::new(doorbell.map_or(&**bell, |(_, doorbell)| doorbell), poll::IN),
+            ];
+            let (fds, timeout) = match doorbell {
+                Some(_) => (&mut fds[..], Some(left.map_or(BACKSTOP, |left| left.min(BACKSTOP)))),
+                None => (&mut fds[..2], left),
+            };
+            let found = poll::poll(fds, timeout)?;
+            if fds[1].revents() != 0 {
+                // An eventfd of our own does not fail.
+                let _ = bell.drain();
+            }
+            if fds[0].revents() != 0 {
+                return Ok(Woken::Connection);
+            }
+            if let Some((seat, _)) = doorbell {
+                let concerned =
+                    if fds[2].revents() != 0 { seat.drain() } else { found == 0 && seat.look() };
+                if concerned {
+                    return Ok(Woken::Doorbell);
+                }
+            }
+            if let Some(end) = end {
+                let rest = end.saturating_duration_since(Instant::now());
+                if rest.is_zero() {
+                    break;
+                }
+                left = Some(rest);
+            } else if found == 0 && doorbell.is_none() {
+                break;
+            }
+        }
+        Ok(Woken::Bell)
     }
 
     /// Makes every thread inside look at its condition again.

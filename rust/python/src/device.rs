@@ -93,6 +93,12 @@ impl Device {
         dict.set_item("extents", region.own.extents)?;
         dict.set_item("dmbs", region.own.dmbs)?;
         dict.set_item("limbo", region.own.limbo)?;
+        let doorbell = region.doorbell;
+        dict.set_item("vector", doorbell.map(|doorbell| doorbell.vector))?;
+        let doorbell = doorbell.unwrap_or_default();
+        dict.set_item("doorbells_received", doorbell.received)?;
+        dict.set_item("doorbells_lost", doorbell.lost)?;
+        dict.set_item("departures", doorbell.departures)?;
         Ok(dict)
     }
 

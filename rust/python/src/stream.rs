@@ -191,7 +191,7 @@ impl Stream {
         })
     }
 
-    /// Return counters: bytes each way, wakes, waits, buffer sizes in bytes, device, slots.
+    /// Return counters: bytes each way, wakes over TCP and by doorbell, waits, buffer sizes, device.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = self.session.stats();
         let dict = PyDict::new(py);
@@ -200,6 +200,8 @@ impl Stream {
         dict.set_item("bytes_received", stats.bytes_received)?;
         dict.set_item("wakes_sent", stats.wakes_sent)?;
         dict.set_item("wakes_received", stats.wakes_received)?;
+        dict.set_item("doorbells_sent", stats.doorbells_sent)?;
+        dict.set_item("doorbells_received", stats.doorbells_received)?;
         dict.set_item("sleeps", stats.sleeps)?;
         dict.set_item("send_buffer", stats.send_buffer)?;
         dict.set_item("receive_buffer", stats.receive_buffer)?;

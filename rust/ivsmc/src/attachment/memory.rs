@@ -8,6 +8,7 @@ use ivsmc_proto::allocator::Allocator;
 use ivsmc_proto::dmb::{DmbError, Place, Release, Token};
 use ivsmc_proto::layout::Geometry;
 use ivsmc_proto::slot::SlotRef;
+use ivsmc_proto::summary;
 use ivsmc_shm::mapping::Mapping;
 
 use super::{Attachment, AttachmentStats};
@@ -83,7 +84,8 @@ impl Attachment {
         owner: SlotRef,
     ) -> Result<PeerDmb, DmbError> {
         let place = self.region.attach_dmb(token, size_class, self.me, owner)?;
-        Ok(PeerDmb { attachment: Arc::clone(self), token, place })
+        let number = summary::number(token.granule(), size_class);
+        Ok(PeerDmb { attachment: Arc::clone(self), token, place, number })
     }
 
     /// Frees the DMBs in limbo whose writer has let go; whether some remain.
@@ -169,6 +171,8 @@ impl Attachment {
         match self.region.invite_dmb(granule, size_class, writer) {
             Ok((token, place)) => {
                 lock(&self.pool).dmbs += 1;
+                // Before the writer can learn of it.
+                self.expect_doorbells(granule, size_class, place, writer);
                 Some(OwnDmb { attachment: Arc::clone(self), token, granule, size_class, place })
             }
             // Somebody else has written where only this process may.
@@ -180,6 +184,7 @@ impl Attachment {
     }
 
     fn release(self: &Arc<Self>, token: Token, granule: u32, size_class: u8) {
+        self.expect_no_doorbells(granule, size_class);
         let released = self.region.release_dmb(token);
         let (idle, begin_to_sweep) = {
             let mut pool = lock(&self.pool);
@@ -245,10 +250,10 @@ fn take_idle(pool: &mut Pool, keep: usize) -> Vec<u32> {
 ///
 /// Dropping it releases it.
 pub(crate) struct OwnDmb {
-    attachment: Arc<Attachment>,
+    pub(super) attachment: Arc<Attachment>,
     token: Token,
-    granule: u32,
-    size_class: u8,
+    pub(super) granule: u32,
+    pub(super) size_class: u8,
     place: Place,
 }
 
@@ -293,11 +298,21 @@ pub(crate) struct PeerDmb {
     attachment: Arc<Attachment>,
     token: Token,
     place: Place,
+    number: u16,
 }
 
 impl PeerDmb {
     pub(crate) fn place(&self) -> Place {
         self.place
+    }
+
+    /// Its owner's summary bit for it.
+    pub(crate) fn number(&self) -> u16 {
+        self.number
+    }
+
+    pub(crate) fn attachment(&self) -> &Arc<Attachment> {
+        &self.attachment
     }
 
     /// The memory it lies in.

@@ -13,11 +13,9 @@ pub(crate) trait Doorbells: Send + Sync {
 
     /// The eventfd of vector 0, if that is another one: the ivshmem server notifies it when a peer
     /// has left.
-    #[cfg_attr(not(test), expect(dead_code, reason = "sessions do not listen to doorbells yet"))]
     fn departures(&self) -> Option<&EventFd>;
 
     /// Notifies `vector` of `ivposition`; false if this device has no way there. True is no
-    /// promise: a doorbell may be dropped on its way.
-    #[cfg_attr(not(test), expect(dead_code, reason = "sessions do not listen to doorbells yet"))]
+    /// promise: a doorbell may be dropped on its way. Who is notified sees all that was stored before.
     fn notify(&self, ivposition: u16, vector: u16) -> bool;
 }

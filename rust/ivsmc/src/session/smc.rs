@@ -9,15 +9,14 @@ use std::time::Duration;
 use ivsmc_proto::control::{
     DONE_WRITING, READER_ABORTED, READER_CLOSED, WRITER_ABORTED, WRITER_CLOSED,
 };
-use ivsmc_proto::frame::WAKE;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
-use ivsmc_shm::net::{self, MSG_DONTWAIT};
 use ivsmc_shm::poll;
 
 use super::ends::{Rx, Tx};
+use super::notify::Outlet;
 use super::{Inner, Path, SessionStats, CLOSED, ENDED, PEER_CLOSED, RECV_SHUT, SEND_SHUT};
-use crate::attachment::{OwnDmb, PeerDmb};
+use crate::attachment::{Armed, Ear, OwnDmb, PeerDmb};
 use crate::host::{Deadline, Host};
 use crate::reactor::{lock, Key, Reactor, Source};
 use crate::readiness::Readiness;
@@ -47,17 +46,22 @@ pub(super) struct Link {
     pub(super) peer: SlotRef,
     pub(super) tx: Mutex<Option<Tx>>,
     pub(super) rx: Mutex<Option<Rx>>,
-    sleeper: Sleeper,
+    pub(super) sleeper: Sleeper,
+    /// The way to notify the peer by doorbell.
+    pub(super) outlet: Option<Outlet>,
     /// Threads that sleep for data, and for room: each direction has one wait word for all.
     sleeping: [AtomicU32; 2],
     /// `ECONNRESET` was reported; like TCP, once.
     reset_told: AtomicBool,
     /// A readiness descriptor exists.
     pub(super) armed: AtomicBool,
-    pub(super) readiness: Mutex<Option<Readiness>>,
+    /// With what has the background thread listen to the doorbell.
+    pub(super) readiness: Mutex<Option<(Readiness, Option<Armed>)>>,
     pub(super) key: OnceLock<Key>,
-    wakes_sent: AtomicU64,
+    pub(super) wakes_sent: AtomicU64,
     wakes_received: AtomicU64,
+    pub(super) doorbells_sent: AtomicU64,
+    pub(super) doorbells_received: AtomicU64,
     sleeps: AtomicU64,
     traffic: Mutex<(u64, u64)>,
 }
@@ -67,6 +71,7 @@ impl Link {
         Self {
             device: rx.attachment().spec().to_owned(),
             peer,
+            outlet: Outlet::to(&tx, peer),
             tx: Mutex::new(Some(Tx::new(tx))),
             rx: Mutex::new(Some(Rx::new(rx))),
             sleeper: Sleeper::default(),
@@ -77,6 +82,8 @@ impl Link {
             key: OnceLock::new(),
             wakes_sent: AtomicU64::new(0),
             wakes_received: AtomicU64::new(0),
+            doorbells_sent: AtomicU64::new(0),
+            doorbells_received: AtomicU64::new(0),
             sleeps: AtomicU64::new(0),
             traffic: Mutex::default(),
         }
@@ -108,6 +115,17 @@ impl Link {
         });
     }
 
+    /// The doorbell of this end; `None` if its device has none, or the session is closed.
+    fn ear(&self) -> Option<Ear> {
+        lock(&self.rx).as_ref().and_then(|rx| rx.dmb().ear())
+    }
+
+    /// Has the background thread listen to the doorbell for the readiness descriptor.
+    pub(super) fn arm_doorbell(&self) -> Option<Armed> {
+        let attachment = lock(&self.rx).as_ref().map(|rx| Arc::clone(rx.dmb().attachment()));
+        attachment.and_then(|attachment| attachment.arm_doorbell())
+    }
+
     /// Threads that sleep for `direction`.
     fn sleeping(&self, direction: Direction) -> &AtomicU32 {
         match direction {
@@ -122,6 +140,8 @@ impl Link {
         let mut stats = SessionStats {
             wakes_sent: self.wakes_sent.load(Ordering::Relaxed),
             wakes_received: self.wakes_received.load(Ordering::Relaxed),
+            doorbells_sent: self.doorbells_sent.load(Ordering::Relaxed),
+            doorbells_received: self.doorbells_received.load(Ordering::Relaxed),
             sleeps: self.sleeps.load(Ordering::Relaxed),
             device: Some(self.device.clone()),
             peer: Some(self.peer),
@@ -434,11 +454,13 @@ impl Inner {
             let slept = host.blocking(|| {
                 let conn = self.conn()?;
                 let runtime = self.runtime().ok_or(Error::Closed)?;
+                let ear = link.ear();
                 link.sleeps.fetch_add(1, Ordering::Relaxed);
                 link.sleeping(direction).fetch_add(1, Ordering::SeqCst);
                 let slept = link.sleeper.sleep(
                     &conn,
                     runtime.bells(),
+                    ear.as_ref(),
                     deadline,
                     || self.arm(link, direction, 1),
                     |drained| self.drained(link, drained),
@@ -454,26 +476,21 @@ impl Inner {
         }
     }
 
-    /// Wakes the peer: one byte on the connection. A full connection wakes it as well.
-    pub(super) fn notify(&self, link: &Link) {
-        if let Ok(conn) = self.conn() {
-            link.wakes_sent.fetch_add(1, Ordering::Relaxed);
-            // Any other failure is the connection's end, which the background thread sees.
-            let _ = net::send(&*conn, &[WAKE], MSG_DONTWAIT);
-        }
-    }
-
     pub(super) fn drained(&self, link: &Link, drained: Drained) {
-        link.wakes_received.fetch_add(1, Ordering::Relaxed);
+        let counter = match drained {
+            Drained::Open | Drained::Ended => &link.wakes_received,
+            Drained::Doorbell => &link.doorbells_received,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
         if drained == Drained::Ended {
             self.ended(link);
         }
         self.settle(link);
     }
 
-    /// The connection is over. Whoever sees it first, the background thread or one that waits,
+    /// The connection is over, or the peer. Whoever sees it first, the background thread or one that waits,
     /// has it looked whether the peer is dead.
-    fn ended(&self, link: &Link) {
+    pub(super) fn ended(&self, link: &Link) {
         if self.state.fetch_or(ENDED, Ordering::AcqRel) & ENDED == 0 {
             if let Some(reactor) = self.reactor() {
                 link.look_after_the_dead(&reactor);
@@ -487,7 +504,7 @@ impl Inner {
             return;
         }
         let mut guard = lock(&link.readiness);
-        let Some(readiness) = guard.as_mut() else { return };
+        let Some((readiness, _)) = guard.as_mut() else { return };
         if self.concerns(link, ANY_DATA) {
             readiness.set_readable(true);
         } else {
@@ -534,7 +551,7 @@ impl Inner {
             wake |= tx.take_reader_wait();
         }
         if let (true, Some(conn)) = (wake, conn) {
-            let _ = net::send(conn, &[WAKE], MSG_DONTWAIT);
+            self.wake_peer(link, conn);
         }
         if let Some(&key) = link.key.get() {
             if let Some(reactor) = self.reactor() {
@@ -545,7 +562,8 @@ impl Inner {
             }
         }
         link.sleeper.wake_all();
-        *lock(&link.readiness) = None;
+        let readiness = lock(&link.readiness).take();
+        drop(readiness);
     }
 }
 
