@@ -21,6 +21,7 @@ __all__ = [
     "connect",
     "devices",
     "open_device",
+    "set_spin",
     "shutdown",
 ]
 
@@ -274,4 +275,10 @@ def bare_limit(cores: tuple[int, int], round_trips: int, size: int, /) -> tuple[
 
     Return the microseconds of a word there and back, and the bytes per second of ``size`` bytes
     copied into one ring and out again.
+    """
+
+def set_spin(microseconds: int | None, /) -> None:
+    """Set how long each wait of this process looks before it sleeps, from now on.
+
+    None is what the environment says. For measuring both ways in one run.
     """
