@@ -390,6 +390,8 @@ def test_a_listener_that_does_not_share_memory() -> None:
     assert entry["cure"] == f"start a listener there: ivsmc bench --listen {port}"
 
 
-def test_the_readme_has_the_variables() -> None:
+def test_it_knows_the_variables_of_the_readme() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert set(re.findall(r"^\| `(IVSMC_\w+)` \|", readme, re.MULTILINE)) == set(VARIABLES)
+    listed = re.findall(r"^\| `(IVSMC_\w+)` \|", readme, re.MULTILINE)
+    assert listed
+    assert set(listed) <= set(VARIABLES)

@@ -14,6 +14,7 @@ VARIABLES = (
     "IVSMC_SPIN_US",
     "IVSMC_LOCAL_DIR",
     "IVSMC_LOCAL_SIZE",
+    "IVSMC_UNCACHED",
 )
 _LITTLE = 256 << 20
 """Bytes free in /dev/shm below which it is worth a word: the region of ``local`` is that large."""
@@ -74,7 +75,7 @@ def devices(scene: Scene) -> Iterator[Finding]:
             continue
         known = [f"{device['size'] >> 20} MiB", f"slot {device['slot']}"]
         if memory := device.get("memory"):
-            known.append(f"memory {memory}")
+            known.append(f"{memory} memory")
         yield ok(f"{spec}: {', '.join(known)}")
     if named != "none" and not any(device["usable"] for device in scene.devices):
         yield wrong("no device can be used: all sessions go over TCP", "see the lines above")
