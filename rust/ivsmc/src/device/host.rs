@@ -79,7 +79,7 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
         socket,
         id,
         own: std::mem::take(&mut hearing.own),
-        peers: std::mem::take(&mut hearing.peers),
+        peers: Arc::clone(&hearing.peers),
         hearing: Mutex::new(hearing),
         gone: AtomicBool::new(false),
         watched: Mutex::default(),
