@@ -40,4 +40,3 @@ pub use host::{Deadline, Host, Plain, Timeout};
 pub use listen::{ListenOptions, Listener, ListenerStats};
 pub use runtime::{close_all, release_unused};
 pub use session::{RecvFlags, Session, SessionStats, Shutdown};
-pub use spin::set_spin;

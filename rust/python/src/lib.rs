@@ -23,7 +23,7 @@ mod _native {
     #[pymodule_export]
     use crate::acceptor::Acceptor;
     #[pymodule_export]
-    use crate::bare::{bare_limit, set_spin};
+    use crate::bare::bare_limit;
     #[pymodule_export]
     use crate::connect::connect;
     #[pymodule_export]
