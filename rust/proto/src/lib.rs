@@ -8,6 +8,7 @@
 
 extern crate alloc;
 
+pub mod agent;
 pub mod allocator;
 pub mod clc;
 pub mod control;
