@@ -25,6 +25,7 @@ mod runtime;
 pub mod server;
 mod session;
 mod setup;
+mod socket;
 mod source;
 mod spin;
 mod wait;

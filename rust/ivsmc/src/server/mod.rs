@@ -27,7 +27,6 @@ mod ids;
 mod memory;
 mod options;
 mod outbox;
-mod socket;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,15 +37,16 @@ use std::time::{Duration, Instant};
 
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
-use ivsmc_shm::{errno, fork, net};
+use ivsmc_shm::{fork, net};
 
 use self::client::{Client, EventFds, Flushed};
 use self::ids::Ids;
 use self::memory::Memory;
 use self::outbox::Outbox;
-use self::socket::Socket;
+use crate::device::Kind;
 use crate::host::{Host, Timeout};
 use crate::reactor::lock;
+use crate::socket::{descriptors_ended, Admission, Arrival, Socket};
 use crate::{Error, Result};
 
 pub use self::ids::IdOrder;
@@ -56,8 +56,6 @@ pub use self::status::{ClientStatus, Event, Status};
 
 /// When to send again after the kernel had no room for reasons beyond a client.
 const RETRY: Duration = Duration::from_millis(100);
-/// When to accept again after even refusing was not possible.
-const RESUME: Duration = Duration::from_secs(1);
 /// Connections accepted before others get a turn.
 const ACCEPTS: usize = 64;
 
@@ -89,13 +87,10 @@ struct State {
     /// Of the same ids.
     eventfds: EventFds,
     ids: Ids,
-    /// Given up for a moment to turn a newcomer away when there are no more descriptors.
-    spare: Option<EventFd>,
+    admission: Admission,
     next_serial: u64,
     /// When to send again.
     retry: Option<Instant>,
-    /// When to accept again.
-    resume: Option<Instant>,
     joined: u64,
     left: u64,
     refused: u64,
@@ -122,10 +117,12 @@ impl Server {
     pub fn new(options: ServerOptions) -> Result<Self> {
         options.judge()?;
         // The socket first: of the two it is the one that is often refused, and leaves nothing.
-        let socket = Socket::bind(&options.path, options.mode)?;
+        let socket = Socket::bind(Kind::Host, &options.path, options.mode, None)?;
         let memory = Memory::new(&options.backing)?;
+        let epoll = Epoll::new()?;
+        let admission = Admission::new(&socket, &epoll, LISTENER)?;
         let server = Self {
-            epoll: Epoll::new()?,
+            epoll,
             stop: Arc::new(EventFd::new()?),
             socket,
             memory,
@@ -133,10 +130,9 @@ impl Server {
                 clients: BTreeMap::new(),
                 eventfds: EventFds::new(),
                 ids: Ids::new(options.ids),
-                spare: Some(EventFd::new()?),
+                admission,
                 next_serial: 1,
                 retry: None,
-                resume: None,
                 joined: 0,
                 left: 0,
                 refused: 0,
@@ -146,7 +142,6 @@ impl Server {
             options,
         };
         server.epoll.add(&*server.stop, poll::IN, STOP)?;
-        server.epoll.add(&server.socket, poll::IN, LISTENER)?;
         Ok(server)
     }
 
@@ -283,12 +278,9 @@ impl Server {
             state.retry = None;
             self.flush_all(state);
         }
-        if state.resume.is_some_and(|when| when <= now) {
-            state.resume = None;
-            newcomers = self.epoll.modify(&self.socket, poll::IN, LISTENER).is_ok();
-        }
+        newcomers |= state.admission.resume(&self.socket, &self.epoll, now);
         // After the leavers, whose ids and descriptors may be needed.
-        if newcomers && state.resume.is_none() {
+        if newcomers {
             self.accept(state, events);
         }
         if stopped {
@@ -352,51 +344,17 @@ impl Server {
     /// Takes newcomers in.
     fn accept(&self, state: &mut State, events: &mut Vec<Event>) {
         for _ in 0..ACCEPTS {
-            let refusal = match self.socket.accept() {
-                Ok(socket) => self.join(state, socket, events).err(),
-                Err(error) => match error.raw_os_error() {
-                    Some(errno::EAGAIN) => return,
-                    Some(errno::EINTR | errno::ECONNABORTED) => None,
-                    Some(errno::EMFILE | errno::ENFILE) => match self.turn_away(state) {
-                        Ok(true) => Some(descriptors_ended(&error)),
-                        Ok(false) => return,
-                        Err(()) => return self.pause(state, descriptors_ended(&error), events),
-                    },
-                    _ => return self.pause(state, error.to_string(), events),
-                },
+            let refusal = match state.admission.next(&self.socket, &self.epoll) {
+                Arrival::Newcomer(socket) => self.join(state, socket, events).err(),
+                Arrival::TurnedAway(reason) => Some(reason),
+                Arrival::Gone => None,
+                Arrival::Nobody => return,
+                Arrival::Paused(reason) => return events.push(Event::Paused { reason }),
             };
             if let Some(reason) = refusal {
                 state.refused += 1;
                 events.push(Event::Refused { reason });
             }
-        }
-    }
-
-    /// Ends the connection of the next newcomer, for whom there is no descriptor: a clear answer
-    /// is better than one that never comes. Whether there was a newcomer; an error if it
-    /// cannot even be turned away.
-    fn turn_away(&self, state: &mut State) -> Result<bool, ()> {
-        drop(state.spare.take().ok_or(())?);
-        let accepted = self.socket.accept();
-        let refused = accepted.is_ok();
-        let error = accepted.err().and_then(|error| error.raw_os_error());
-        // Another thread may have been faster to take the descriptor; then the next time pauses.
-        state.spare = EventFd::new().ok();
-        match error {
-            Some(errno::EMFILE | errno::ENFILE) => Err(()),
-            _ => Ok(refused),
-        }
-    }
-
-    /// Accepts nobody for a while.
-    fn pause(&self, state: &mut State, reason: String, events: &mut Vec<Event>) {
-        if state.spare.is_none() {
-            state.spare = EventFd::new().ok();
-        }
-        // The listener would be reported as ready again and again.
-        if self.epoll.modify(&self.socket, 0, LISTENER).is_ok() {
-            state.resume = Some(Instant::now() + RESUME);
-            events.push(Event::Paused { reason });
         }
     }
 
@@ -450,17 +408,10 @@ impl Server {
 
 impl State {
     fn next_look(&self) -> Option<Instant> {
-        match (self.retry, self.resume) {
-            (Some(retry), Some(resume)) => Some(retry.min(resume)),
-            (retry, resume) => retry.or(resume),
-        }
+        self.retry.into_iter().chain(self.admission.resumes_at()).min()
     }
 
     fn retry_soon(&mut self) {
         self.retry.get_or_insert_with(|| Instant::now() + RETRY);
     }
-}
-
-fn descriptors_ended(error: &io::Error) -> String {
-    format!("{error}; raise the limit of open files (ulimit -n, LimitNOFILE=)")
 }

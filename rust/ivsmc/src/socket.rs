@@ -1,4 +1,8 @@
 //! The listening socket at a path: made in place of a dead server's, never of a live one's.
+//!
+//! "Server" is here whoever listens: an ivshmem server, or an agent.
+
+mod admission;
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -12,7 +16,10 @@ use ivsmc_shm::fd::Fd;
 use ivsmc_shm::file::{self, Access, FileIdentity};
 use ivsmc_shm::{errno, lock, net, thread};
 
+use crate::device::Kind;
 use crate::{Error, Result};
+
+pub(crate) use admission::{descriptors_ended, Admission, Arrival};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -23,25 +30,34 @@ const PROBE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A listening socket that has a name.
 #[derive(Debug)]
-pub(super) struct Socket {
+pub(crate) struct Socket {
     listener: Fd,
     path: PathBuf,
     identity: FileIdentity,
 }
 
 impl Socket {
-    /// Listens at `path`, whose permissions become `mode`.
-    pub(super) fn bind(path: &Path, mode: u32) -> Result<Self> {
-        let refuse = |reason: String| refusal(path, reason);
+    /// Listens at `path`, whose group becomes `group`, if one is given, and its permissions `mode`.
+    /// `kind` is what clients call it.
+    pub(crate) fn bind(kind: Kind, path: &Path, mode: u32, group: Option<u32>) -> Result<Self> {
+        Self::bind_named(path, mode, group)
+            .map_err(|reason| Error::device(format!("{kind}:{}", path.display()), reason))
+    }
+
+    fn bind_named(path: &Path, mode: u32, group: Option<u32>) -> Result<Self, String> {
         let os = |error: io::Error| match error.raw_os_error() {
-            Some(errno::ENOENT) => refuse("its directory does not exist; make it first".into()),
-            _ => refuse(format!("cannot listen there: {error}")),
+            Some(errno::ENOENT) => "its directory does not exist; make it first".to_owned(),
+            _ => format!("cannot listen there: {error}"),
         };
         // Only one of several servers that start at once may judge and replace what is there.
         let _turn = Turn::take(path)?;
         remove_stale(path)?;
         let listener = net::unix_listen(path, BACKLOG).map_err(os)?;
         let named = NamedSocket(path);
+        if group.is_some() {
+            std::os::unix::fs::chown(path, None, group)
+                .map_err(|error| format!("cannot give it to that group: {error}"))?;
+        }
         fs::set_permissions(path, Permissions::from_mode(mode)).map_err(os)?;
         net::set_nonblocking(&listener, true).map_err(os)?;
         // Who connected before the permissions were set may not have been allowed to.
@@ -52,11 +68,11 @@ impl Socket {
     }
 
     /// The next connection; `WouldBlock` if nobody waits.
-    pub(super) fn accept(&self) -> io::Result<Fd> {
+    pub(crate) fn accept(&self) -> io::Result<Fd> {
         net::unix_accept(&self.listener)
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }
@@ -95,8 +111,8 @@ impl Drop for NamedSocket<'_> {
 }
 
 /// Removes what a dead server left at `path`; refuses if anything else is there.
-fn remove_stale(path: &Path) -> Result<()> {
-    let refuse = |reason: &str| Err(refusal(path, reason.into()));
+fn remove_stale(path: &Path) -> Result<(), String> {
+    let refuse = |reason: &str| Err(reason.to_owned());
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return refuse(&format!("cannot look at it: {error}")),
@@ -107,7 +123,7 @@ fn remove_stale(path: &Path) -> Result<()> {
         }
         Ok(_) => {}
     }
-    match probe(path).map_err(|error| refusal(path, error.to_string()))? {
+    match probe(path).map_err(|error| error.to_string())? {
         Probed::Listening => {
             refuse("a server is listening there already; stop it first, or take another path")
         }
@@ -153,15 +169,13 @@ struct Turn {
 }
 
 impl Turn {
-    fn take(socket: &Path) -> Result<Self> {
+    fn take(socket: &Path) -> Result<Self, String> {
         let mut name = socket.as_os_str().to_owned();
         name.push(".lock");
         let path = PathBuf::from(name);
         let refuse = |error: io::Error| match error.raw_os_error() {
-            Some(errno::ENOENT) => {
-                refusal(socket, "its directory does not exist; make it first".into())
-            }
-            _ => refusal(socket, format!("cannot lock {}: {error}", path.display())),
+            Some(errno::ENOENT) => "its directory does not exist; make it first".to_owned(),
+            _ => format!("cannot lock {}: {error}", path.display()),
         };
         let begun = Instant::now();
         loop {
@@ -172,9 +186,9 @@ impl Turn {
                     return Ok(Self { path, _locked: file });
                 }
             } else if begun.elapsed() > START_PATIENCE {
-                return Err(refusal(
-                    socket,
-                    format!("another server is starting there (it holds {})", path.display()),
+                return Err(format!(
+                    "another server is starting there (it holds {})",
+                    path.display()
                 ));
             }
             std::thread::sleep(Duration::from_millis(5));
@@ -191,8 +205,4 @@ impl Drop for Turn {
 fn identity(path: &Path) -> io::Result<FileIdentity> {
     let found = fs::symlink_metadata(path)?;
     Ok(FileIdentity { device: found.dev(), inode: found.ino() })
-}
-
-fn refusal(path: &Path, reason: String) -> Error {
-    Error::device(format!("host:{}", path.display()), reason)
 }
