@@ -18,7 +18,7 @@ TCP otherwise; ``session.transport`` and ``session.fallback_reason`` say which a
 from ivsmc._connect import create_connection, create_server
 from ivsmc._fallback import FallbackReason
 from ivsmc._listener import Listener
-from ivsmc._native import Device, Server, devices, open_device
+from ivsmc._native import Agent, Device, Server, devices, open_device
 from ivsmc._session import Session
 from ivsmc.exceptions import (
     DeviceError,
@@ -30,6 +30,7 @@ from ivsmc.exceptions import (
 )
 
 __all__ = [
+    "Agent",
     "Device",
     "DeviceError",
     "Error",

@@ -12,6 +12,7 @@ from typing_extensions import disjoint_base
 
 __all__ = [
     "Acceptor",
+    "Agent",
     "Device",
     "Fallback",
     "Handle",
@@ -225,7 +226,7 @@ class Device:
         """The spec, as given to ``open_device``."""
     @property
     def kind(self) -> str:
-        """``vfio``, ``host``, ``pci``, ``local`` or ``file``."""
+        """``vfio``, ``agent``, ``host``, ``pci``, ``local`` or ``file``."""
     def stats(self) -> dict[str, Any]:
         """Return counters of this process's attachment.
 
@@ -263,6 +264,35 @@ class Server:
         """Return path, region, size, vectors, the clients and how many came and went."""
     def close(self) -> None:
         """Stop: drop the clients and remove the socket. Idempotent."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@final
+class Agent:
+    """The owner of an ivshmem device of this virtual machine, for the machine's processes.
+
+    It takes the device at the PCI ``address``, or the only one that is bound to vfio-pci, and
+    listens on the Unix socket ``path`` (None: where clients find it) from its construction on.
+    ``mode`` and ``group`` (a number) of the socket decide who may use the device.
+    """
+
+    def __new__(
+        cls,
+        address: str | None = None,
+        *,
+        path: str | None = None,
+        mode: int = 0o600,
+        group: int | None = None,
+    ) -> Agent: ...
+    def serve(self, poll: float, /, log: Callable[[str], object] | None = None) -> None:
+        """Serve clients for at most ``poll`` seconds, running signal handlers; then return.
+
+        ``log`` is called with one line for each client that joins, leaves, dies or is turned away.
+        """
+    def status(self) -> dict[str, Any]:
+        """Return path, device, region, size, vectors, the clients and how many came and went."""
+    def close(self) -> None:
+        """Stop: remove the socket. Clients keep the device. Idempotent."""
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
 

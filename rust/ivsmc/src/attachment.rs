@@ -24,7 +24,7 @@ mod doorbell;
 mod memory;
 mod reap;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -157,6 +157,8 @@ impl Attachment {
             Backing::Host(link) => !link.is_gone(),
             // A device that goes takes the memory with it.
             Backing::Vfio(_) | Backing::Pci(_) => true,
+            // Also when the agent has ended: the next one has the same region.
+            Backing::Agent(_) => true,
         }
     }
 
@@ -184,7 +186,11 @@ impl Attachment {
         self.watch_departures(reactor)?;
         match &self.backing {
             Backing::Host(link) => link.watch(reactor),
-            Backing::Local(_) | Backing::File | Backing::Vfio(_) | Backing::Pci(_) => Ok(()),
+            Backing::Local(_)
+            | Backing::File
+            | Backing::Vfio(_)
+            | Backing::Agent(_)
+            | Backing::Pci(_) => Ok(()),
         }
     }
 
@@ -254,7 +260,7 @@ impl Attachment {
                 }
             }
             Backing::Host(link) => link.close(),
-            Backing::File | Backing::Vfio(_) | Backing::Pci(_) => {}
+            Backing::File | Backing::Vfio(_) | Backing::Agent(_) | Backing::Pci(_) => {}
         }
     }
 }
@@ -293,7 +299,10 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
     };
     // The dead first: their slots may be the only free ones.
     judge.look_at_all(&region, None);
-    let me = claim_slot(&region, prover)?;
+    let me = match backing {
+        Backing::Agent(client) => client.slot(&region)?,
+        _ => claim_slot(&region, prover)?,
+    };
     let doorbells = backing.doorbells();
     let info = SlotInfo {
         ivposition: doorbells.map(Doorbells::ivposition),

@@ -1,6 +1,6 @@
 //! The devices of a process: which are to be used, and the attachments to them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
@@ -10,6 +10,7 @@ use ivsmc_proto::reclaim::Census;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::{fork, net, pci, poll};
 
+use crate::agent;
 use crate::attachment::{Attachment, AttachmentStats, DoorbellStats};
 use crate::device::{self, DeviceSpec, Kind, Unusable};
 use crate::fallback::Reason;
@@ -20,8 +21,8 @@ use crate::{Error, Result};
 /// The variable that names devices where no argument does.
 const VARIABLE: &str = "IVSMC_DEVICE";
 
-/// Where ivshmem servers of this machine put their sockets, `*.sock`.
-const SOCKETS: &str = "/run/ivsmc";
+/// Where ivshmem servers and agents of this machine put their sockets, `*.sock`.
+pub(crate) const SOCKETS: &str = "/run/ivsmc";
 
 /// How long a device that could not be opened is not tried again, and how often it is looked
 /// whether one that could still leads to the same region.
@@ -63,25 +64,37 @@ fn select_listed(list: &str, is_explicit: bool) -> Result<Selection> {
     Ok(Selection { disabled: specs.is_empty(), specs, is_explicit })
 }
 
-/// The ivshmem devices of this guest, the sockets of ivshmem servers in `directory`, and `local`.
+/// The ivshmem devices of this guest, the sockets of ivshmem servers and agents in `directory`, and
+/// `local`.
 fn found(directory: &Path, sysfs: &Path) -> Vec<DeviceSpec> {
-    let mut specs: Vec<_> = std::fs::read_dir(directory)
+    let sockets: BTreeSet<_> = std::fs::read_dir(directory)
         .into_iter()
         .flatten()
         .flatten()
         .map(|entry| entry.path())
         .filter(|path| path.extension().is_some_and(|end| end == "sock"))
-        // Not an ivshmem server: it owns a guest's device.
-        .filter(|path| path.file_stem().is_some_and(|name| name != "agent"))
-        .map(|path| DeviceSpec::host(&path))
         .collect();
-    specs.extend(device::ivshmem_devices(sysfs).into_iter().map(|function| {
-        if function.driver().as_deref() == Some(device::VFIO_DRIVER) {
-            DeviceSpec::vfio(function.address())
-        } else {
-            DeviceSpec::pci(function.address())
+    let mut specs: Vec<_> = sockets
+        .iter()
+        .map(|path| match path.file_name().and_then(|name| name.to_str()) {
+            Some(name) if agent::is_socket_name(name) => DeviceSpec::agent(path),
+            _ => DeviceSpec::host(path),
+        })
+        .collect();
+    let has_agent = |address| {
+        [None, Some(address)]
+            .map(agent::socket_name)
+            .iter()
+            .any(|name| sockets.contains(&directory.join(name)))
+    };
+    for function in device::ivshmem_devices(sysfs) {
+        let address = function.address();
+        if function.driver().as_deref() != Some(device::VFIO_DRIVER) {
+            specs.push(DeviceSpec::pci(address));
+        } else if !has_agent(address) {
+            specs.push(DeviceSpec::vfio(address));
         }
-    }));
+    }
     specs.push(DeviceSpec::local());
     specs.sort();
     specs
@@ -541,7 +554,8 @@ mod tests {
         std::fs::remove_dir_all(&directory).unwrap();
         let names: Vec<_> =
             specs.iter().map(|spec| spec.as_str().rsplit('/').next().unwrap()).collect();
-        assert_eq!(names, ["ivs0.sock", "ivs1.sock", "local"]);
+        assert_eq!(names, ["agent.sock", "ivs0.sock", "ivs1.sock", "local"]);
+        assert_eq!(specs[0].kind(), Kind::Agent);
         assert_eq!(found(nowhere, nowhere), [DeviceSpec::local()]);
     }
 
@@ -555,6 +569,19 @@ mod tests {
         assert_eq!(found_now(), ["pci:0000:00:05.0", "local"]);
         guest.bind("vfio-pci");
         assert_eq!(found_now(), ["vfio:0000:00:05.0", "local"]);
+        for (name, is_its_agent) in [
+            ("agent.sock", true),
+            ("agent-0000:00:05.0.sock", true),
+            ("agent-0000:00:06.0.sock", false),
+        ] {
+            let socket = guest.sysfs().join(name);
+            std::fs::write(&socket, "").unwrap();
+            let specs = found(guest.sysfs(), guest.sysfs());
+            let kinds: Vec<_> = specs.iter().map(DeviceSpec::kind).collect();
+            let expected = [Kind::Vfio, Kind::Agent, Kind::Local];
+            assert_eq!(kinds, expected[usize::from(is_its_agent)..], "{name}");
+            std::fs::remove_file(socket).unwrap();
+        }
         guest.put("class", "0x028000\n");
         assert_eq!(found_now(), ["local"]);
         guest.put("class", "0x050000\n");

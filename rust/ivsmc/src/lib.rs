@@ -7,6 +7,7 @@
 
 mod accept;
 mod acceptor;
+pub mod agent;
 mod attachment;
 mod bare;
 mod connect;

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 mod acceptor;
 mod address;
+mod agent;
 mod bare;
 mod connect;
 mod detach;
@@ -15,6 +16,7 @@ mod errors;
 mod gil;
 mod memory;
 mod server;
+mod serving;
 mod stream;
 
 /// The classes and functions of the module, all in one place.
@@ -22,6 +24,8 @@ mod stream;
 mod _native {
     #[pymodule_export]
     use crate::acceptor::Acceptor;
+    #[pymodule_export]
+    use crate::agent::Agent;
     #[pymodule_export]
     use crate::bare::bare_limit;
     #[pymodule_export]

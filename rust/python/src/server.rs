@@ -2,17 +2,15 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use ivsmc::server::{self, Backing, ServerOptions};
-use ivsmc::Timeout;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use crate::detach::detach;
 use crate::errors;
-use crate::gil::Gil;
+use crate::serving::serve;
 
 /// An ivshmem server, speaking QEMU's protocol on the Unix socket `path`.
 #[pyclass(frozen, module = "ivsmc._native")]
@@ -56,23 +54,8 @@ impl Server {
     #[pyo3(signature = (poll, /, log = None))]
     fn serve(&self, py: Python<'_>, poll: f64, log: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let server = self.server()?;
-        let gil = Gil::new(py);
-        let time = Duration::try_from_secs_f64(poll)
-            .map_err(|_| PyValueError::new_err("poll is a number of seconds, not negative"))?;
-        let mut failed = None;
-        let served = server.serve_for(Timeout::After(time), &gil, |event| {
-            if let (Some(log), None) = (log, &failed) {
-                failed = log.call1((event.to_string(),)).err();
-                if failed.is_some() {
-                    // It may be what a signal handler raised.
-                    server.handle().stop();
-                }
-            }
-        });
-        match (failed, served) {
-            (Some(raised), _) => Err(raised),
-            (None, served) => served.map_err(|error| gil.raise(error)),
-        }
+        let stop = || server.handle().stop();
+        serve(py, poll, log, stop, |time, gil, on_event| server.serve_for(time, gil, on_event))
     }
 
     /// Return path, region, size, vectors, the clients and how many came and went.

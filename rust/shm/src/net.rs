@@ -20,8 +20,8 @@ pub use transfer::{
     MSG_TRUNC, MSG_WAITALL,
 };
 pub use unix::{
-    peer_credentials, recv_with_fd, send_with_fd, socketpair_stream, unix_accept, unix_connect,
-    unix_connect_nonblocking, unix_listen, Credentials,
+    peer_credentials, peer_groups, recv_with_fd, send_with_fd, socketpair_stream, unix_accept,
+    unix_connect, unix_connect_nonblocking, unix_listen, Credentials,
 };
 
 #[cfg(test)]

@@ -276,18 +276,24 @@ pub fn irq_count(device: impl AsFd, index: u32) -> io::Result<u32> {
     Ok(info.count)
 }
 
-/// Has interrupts 0, 1, ... of the kind `index` notify these eventfds; this replaces all there were
-/// and enables the kind. The kernel keeps the eventfds for as long.
+/// Has the interrupts `start`, `start + 1`, ... of the kind `index` notify these eventfds, instead of
+/// what they notified before. The first call enables the kind, with as many as are named then; later
+/// ones are for some of those. The kernel keeps the eventfds for as long.
 ///
 /// # Errors
-/// `EINVAL` for more than there are; else those of `ioctl`.
-pub fn set_irqs(device: impl AsFd, index: u32, eventfds: &[&EventFd]) -> io::Result<()> {
+/// `EINVAL` for more than there are, or were enabled; else those of `ioctl`.
+pub fn set_irqs(
+    device: impl AsFd,
+    index: u32,
+    start: u32,
+    eventfds: &[&EventFd],
+) -> io::Result<()> {
     let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
     let count = u32::try_from(eventfds.len()).map_err(invalid)?;
     let words = IRQ_SET_WORDS + eventfds.len();
     let argsz = u32::try_from(words * size_of::<u32>()).map_err(invalid)?;
     let mut set = Vec::with_capacity(words);
-    set.extend([argsz, TRIGGER_EVENTFD, index, 0, count]);
+    set.extend([argsz, TRIGGER_EVENTFD, index, start, count]);
     // The kernel reads ints; a negative one would take an eventfd away, and none is.
     set.extend(eventfds.iter().map(|eventfd| eventfd.as_fd().as_raw_fd() as u32));
     // SAFETY: the request reads a `vfio_irq_set` of `argsz` bytes, five words and the data, all
@@ -327,7 +333,7 @@ mod tests {
             device_info(&fd).unwrap_err(),
             region_info(&fd, CONFIG).unwrap_err(),
             irq_count(&fd, MSIX).unwrap_err(),
-            set_irqs(&fd, MSIX, &[&eventfd]).unwrap_err(),
+            set_irqs(&fd, MSIX, 0, &[&eventfd]).unwrap_err(),
         ];
         for error in errors {
             assert!(errno::is(&error, errno::ENOTTY), "{error}");

@@ -129,7 +129,7 @@ fn every_slot_can_be_taken_and_one_more_is_refused() {
 const CHILD: &str = "IVSMC_TEST_ATTACHMENT";
 
 /// The other process, about to do what [`child`] does on `device`; its input, and the lines it says.
-fn start(device: &DeviceSpec) -> (Child, ChildStdin, impl FnMut() -> Option<String>) {
+pub(crate) fn start(device: &DeviceSpec) -> (Child, ChildStdin, impl FnMut() -> Option<String>) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "attachment::tests::child", "--nocapture"])
         .env(CHILD, device.as_str())
@@ -143,7 +143,7 @@ fn start(device: &DeviceSpec) -> (Child, ChildStdin, impl FnMut() -> Option<Stri
     (child, input, said)
 }
 
-fn kill(child: &mut Child) {
+pub(crate) fn kill(child: &mut Child) {
     child.kill().unwrap();
     child.wait().unwrap();
 }

@@ -87,7 +87,8 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
     Ok(Opened { mapping, whole, lockable, backing: Backing::Host(Arc::new(link)) })
 }
 
-fn connect(path: &Path, until: Instant) -> io::Result<Fd> {
+/// Connects to the listener at `path`, whose queue may be full for a while.
+pub(super) fn connect(path: &Path, until: Instant) -> io::Result<Fd> {
     loop {
         match net::unix_connect_nonblocking(path) {
             // Its queue of newcomers is full.

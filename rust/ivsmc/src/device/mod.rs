@@ -5,6 +5,7 @@
 //! the mapping), and says how this process will be known to be dead. [`crate::attachment`] does
 //! the rest, the same for all of them.
 
+mod agent;
 mod doorbell;
 mod file;
 mod function;
@@ -31,6 +32,7 @@ use ivsmc_shm::mapping::Mapping;
 use crate::fallback::Reason;
 use crate::Error;
 
+pub(crate) use agent::AgentClient;
 pub(crate) use doorbell::Doorbells;
 pub(crate) use function::ivshmem_devices;
 pub(crate) use host::Link;
@@ -38,7 +40,7 @@ pub(crate) use local::LocalFile;
 pub(crate) use pci::PciDevice;
 pub use spec::Kind;
 pub(crate) use spec::{DeviceSpec, Place};
-pub(crate) use vfio::{VfioDevice, DRIVER as VFIO_DRIVER};
+pub(crate) use vfio::{own as own_vfio, VfioDevice, DRIVER as VFIO_DRIVER};
 
 /// Opens what `spec` names.
 ///
@@ -47,6 +49,7 @@ pub(crate) use vfio::{VfioDevice, DRIVER as VFIO_DRIVER};
 pub(crate) fn open(spec: &DeviceSpec) -> Result<Opened, Unusable> {
     match spec.place() {
         Place::Vfio(address) => vfio::open(*address),
+        Place::Agent(socket) => agent::open(socket),
         Place::Host(socket) => host::open(socket),
         Place::Pci(address) => pci::open(*address),
         Place::Local => local::open(),
@@ -74,6 +77,8 @@ pub(crate) enum Backing {
     Host(Arc<Link>),
     /// The VFIO device of a guest, owned by this process.
     Vfio(Arc<VfioDevice>),
+    /// The VFIO device of a guest, owned by an agent.
+    Agent(Arc<AgentClient>),
     /// A guest's device without VFIO.
     Pci(PciDevice),
 }
@@ -116,6 +121,7 @@ impl Backing {
         match self {
             Self::Host(link) => Some(&**link),
             Self::Vfio(device) => Some(&**device),
+            Self::Agent(client) => Some(&**client),
             Self::Pci(device) => device.doorbells(),
             Self::Local(_) | Self::File => None,
         }
@@ -124,7 +130,9 @@ impl Backing {
     /// The id of a guest's device at the ivshmem server, if it has one.
     pub(crate) fn guest_id(&self) -> Option<u16> {
         match self {
-            Self::Vfio(_) | Self::Pci(_) => self.doorbells().map(Doorbells::ivposition),
+            Self::Vfio(_) | Self::Agent(_) | Self::Pci(_) => {
+                self.doorbells().map(Doorbells::ivposition)
+            }
             Self::Local(_) | Self::File | Self::Host(_) => None,
         }
     }
@@ -133,7 +141,7 @@ impl Backing {
     pub(crate) fn settled(&self, mapping: &Mapping) {
         match self {
             Self::Local(file) => file.settled(mapping),
-            Self::File | Self::Host(_) | Self::Vfio(_) | Self::Pci(_) => {}
+            Self::File | Self::Host(_) | Self::Vfio(_) | Self::Agent(_) | Self::Pci(_) => {}
         }
     }
 
@@ -144,7 +152,7 @@ impl Backing {
                 file.abandon(mapping);
                 file.name(refused)
             }
-            Self::File | Self::Host(_) | Self::Vfio(_) | Self::Pci(_) => refused,
+            Self::File | Self::Host(_) | Self::Vfio(_) | Self::Agent(_) | Self::Pci(_) => refused,
         }
     }
 }

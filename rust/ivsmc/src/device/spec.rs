@@ -3,6 +3,7 @@
 //! | spec | device |
 //! | --- | --- |
 //! | `vfio:0000:00:05.0` | an ivshmem-doorbell device of this guest, through VFIO |
+//! | `agent:/run/ivsmc/agent.sock` | the same, owned by an agent |
 //! | `host:/run/ivsmc/ivs0.sock` | the region of an ivshmem server, by its socket |
 //! | `pci:0000:00:05.0` | an ivshmem device of this guest, without interrupts |
 //! | `local` | the private region of this user, made on first use |
@@ -21,6 +22,8 @@ use crate::{Error, Result};
 pub enum Kind {
     /// An ivshmem-doorbell device of this guest, through VFIO.
     Vfio,
+    /// An ivshmem-doorbell device of this guest that an agent owns, reached through its socket.
+    Agent,
     /// The region of an ivshmem server, reached through its socket.
     Host,
     /// An ivshmem device of this guest, without interrupts.
@@ -36,6 +39,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Vfio => "vfio",
+            Self::Agent => "agent",
             Self::Host => "host",
             Self::Pci => "pci",
             Self::Local => "local",
@@ -63,6 +67,8 @@ pub(crate) enum Place {
     /// A PCI function.
     Vfio(Address),
     /// An absolute path.
+    Agent(PathBuf),
+    /// An absolute path.
     Host(PathBuf),
     /// A PCI function.
     Pci(Address),
@@ -76,6 +82,7 @@ impl Place {
     fn kind(&self) -> Kind {
         match self {
             Self::Vfio(_) => Kind::Vfio,
+            Self::Agent(_) => Kind::Agent,
             Self::Host(_) => Kind::Host,
             Self::Pci(_) => Kind::Pci,
             Self::Local => Kind::Local,
@@ -87,8 +94,9 @@ impl Place {
 /// What a spec may look like, for error messages.
 const FORMS: &str = "a device is \"local\", \"file:/path/of/a/shared/file\", \
      \"host:/path/of/an/ivshmem/server.sock\", in a guest \"vfio:0000:00:05.0\" or \
-     \"pci:0000:00:05.0\" with the PCI address of an ivshmem device, several of them separated by commas, or \"none\" \
-     to use TCP only";
+     \"pci:0000:00:05.0\" with the PCI address of an ivshmem device or \
+     \"agent:/path/of/its/agent.sock\", several of them separated by commas, or \"none\" to use \
+     TCP only";
 
 impl DeviceSpec {
     /// The embedded default.
@@ -111,11 +119,18 @@ impl DeviceSpec {
         Self::new(Place::Pci(address))
     }
 
+    /// The guest's device that the agent owns that listens at `socket`.
+    pub(crate) fn agent(socket: &Path) -> Self {
+        Self::new(Place::Agent(absolute(socket)))
+    }
+
     fn new(place: Place) -> Self {
         let kind = place.kind();
         let text = match &place {
             Place::Vfio(address) | Place::Pci(address) => format!("{kind}:{address}"),
-            Place::Host(path) | Place::File(path) => format!("{kind}:{}", path.display()),
+            Place::Agent(path) | Place::Host(path) | Place::File(path) => {
+                format!("{kind}:{}", path.display())
+            }
             Place::Local => kind.to_string(),
         };
         Self { place, text }
@@ -195,9 +210,7 @@ impl FromStr for DeviceSpec {
             "pci" => address_of(Place::Pci),
             "file" => path_of(Place::File),
             "local" => Err(Error::device(text, format!("\"local\" takes no path; {FORMS}"))),
-            "agent" => {
-                Err(Error::device(text, format!("this version has no {word}: devices; {FORMS}")))
-            }
+            "agent" => path_of(Place::Agent),
             _ => Err(Error::device(text, format!("not a device; {FORMS}"))),
         }
     }
@@ -233,6 +246,9 @@ mod tests {
         assert_eq!(file.place(), &Place::File("/dev/shm/region".into()));
         let host: DeviceSpec = " host:/run/ivsmc/ivs0.sock ".parse().unwrap();
         assert_eq!((host.kind(), host.as_str()), (Kind::Host, "host:/run/ivsmc/ivs0.sock"));
+        let agent: DeviceSpec = "agent:/run/ivsmc/agent-0000:00:05.0.sock".parse().unwrap();
+        assert_eq!(agent.place(), &Place::Agent("/run/ivsmc/agent-0000:00:05.0.sock".into()));
+        assert_eq!(agent.kind(), Kind::Agent);
         let vfio: DeviceSpec = "vfio:0000:00:05.0".parse().unwrap();
         assert_eq!((vfio.kind(), vfio.as_str()), (Kind::Vfio, "vfio:0000:00:05.0"));
         let pci: DeviceSpec = "pci:0A:1f.7".parse().unwrap();
@@ -267,7 +283,6 @@ mod tests {
             let words = refusal(text);
             assert!(words.contains("no PCI address") && words.contains("vfio:0000:"), "{words}");
         }
-        assert!(refusal("agent:/run/ivsmc/agent.sock").contains("no agent: devices"));
         assert!(refusal("local,none").contains("cannot stand beside"));
         assert!(refusal("file:/a\0b").contains("null character"));
     }

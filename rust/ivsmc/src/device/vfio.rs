@@ -11,6 +11,8 @@
 //! that this one has gone (`ivsmc_proto::proof`). Several processes of a guest share a device
 //! through `ivsmc agent`.
 
+mod holders;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -105,7 +107,7 @@ impl Vfio for Kernel {
         kernel::irq_count(device, index)
     }
     fn set_irqs(&self, device: &Fd, index: u32, eventfds: &[&EventFd]) -> io::Result<()> {
-        kernel::set_irqs(device, index, eventfds)
+        kernel::set_irqs(device, index, 0, eventfds)
     }
 }
 
@@ -123,9 +125,21 @@ pub(crate) struct VfioDevice {
     registers: DoorbellRegisters,
     /// Wired to vectors 0, 1, ...
     own: Vec<EventFd>,
-    _device: Fd,
+    device: Fd,
     _group: Fd,
     _container: Fd,
+}
+
+impl VfioDevice {
+    /// The descriptor of the device.
+    pub(crate) fn device(&self) -> &Fd {
+        &self.device
+    }
+
+    /// How many vectors are wired.
+    pub(crate) fn wired(&self) -> usize {
+        self.own.len()
+    }
 }
 
 impl Doorbells for VfioDevice {
@@ -189,8 +203,7 @@ fn own_with(
     let mapping = map_memory(vfio, &device)?;
     let own = wire(vfio, &device, most)?;
     let registers = DoorbellRegisters::new(registers)?;
-    let owned =
-        VfioDevice { registers, own, _device: device, _group: group_fd, _container: container };
+    let owned = VfioDevice { registers, own, device, _group: group_fd, _container: container };
     Ok((owned, mapping))
 }
 
@@ -260,10 +273,18 @@ fn open_container(vfio: &impl Vfio, files: &Path) -> Result<Fd, Unusable> {
 fn group_refusal(path: &Path, group: Group, error: &io::Error) -> Unusable {
     let shown = path.display();
     Unusable::device(match error.raw_os_error() {
-        Some(errno::EBUSY) => format!(
-            "another process has it ({shown} is busy); several processes share it through \
-             \"ivsmc agent\""
-        ),
+        Some(errno::EBUSY) => {
+            let holders = holders::holders("/proc".as_ref(), path);
+            let who = match &holders[..] {
+                [] => "another process has".to_owned(),
+                [one] => format!("process {one} has"),
+                several => format!("processes {} have", several.join(", ")),
+            };
+            format!(
+                "{who} it ({shown} is busy); processes share it through \"ivsmc agent\", which \
+                 can start when all have ended that have it"
+            )
+        }
         Some(errno::EPERM) if group.is_unprotected => format!(
             "{shown} has no IOMMU, and only a process with CAP_SYS_RAWIO may open it; run as root, \
              or through \"ivsmc agent\""

@@ -200,6 +200,10 @@ fn a_unix_listener_knows_who_connects() {
     let credentials = peer_credentials(&server).unwrap();
     assert_eq!(credentials.uid, file::effective_uid());
     assert_eq!(u32::try_from(credentials.pid).unwrap(), std::process::id());
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap();
+    let groups: Vec<u32> = groups.split_whitespace().map(|gid| gid.parse().unwrap()).collect();
+    assert_eq!(peer_groups(&server).unwrap(), groups);
     assert!(unsent_bytes(&client).unwrap() == 0);
     send(&client, b"x", 0).unwrap();
     assert!(unsent_bytes(&client).unwrap() > 0);

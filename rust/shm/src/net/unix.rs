@@ -109,6 +109,27 @@ pub fn peer_credentials(fd: impl AsFd) -> io::Result<Credentials> {
     })
 }
 
+/// The supplementary groups of who is at the other end of a connected AF_UNIX socket, as they were
+/// when the connection was made.
+///
+/// # Errors
+/// Those of `getsockopt(SO_PEERGROUPS)`.
+pub fn peer_groups(fd: impl AsFd) -> io::Result<Vec<u32>> {
+    // As many as a process can have (NGROUPS_MAX), at the second try.
+    for most in [64, 65_536] {
+        let mut bytes = vec![0; most * size_of::<libc::gid_t>()];
+        match super::get_option(&fd, libc::SOL_SOCKET, libc::SO_PEERGROUPS, &mut bytes) {
+            Ok(length) => {
+                let words = bytes[..length].chunks_exact(4);
+                return Ok(words.map(|w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]])).collect());
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ERANGE) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::ERANGE))
+}
+
 /// Control data: room for one header and `N` descriptors' bytes, aligned as the header needs.
 #[repr(C)]
 union Control {

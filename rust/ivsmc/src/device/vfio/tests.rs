@@ -208,7 +208,11 @@ fn each_call_that_fails_says_what_to_do() {
         ("version", errno::ENOTTY, "VFIO_GET_API_VERSION failed"),
         ("has", errno::ENOTTY, "VFIO_CHECK_EXTENSION failed"),
         ("no", 0, "modprobe vfio_iommu_type1"),
-        ("open /dev/vfio/7", errno::EBUSY, "another process has it (/dev/vfio/7 is busy)"),
+        (
+            "open /dev/vfio/7",
+            errno::EBUSY,
+            "another process has it (/dev/vfio/7 is busy); processes share it through",
+        ),
         ("open /dev/vfio/7", errno::EBUSY, "ivsmc agent"),
         ("open /dev/vfio/7", errno::EACCES, "ivsmc bind --group"),
         ("open /dev/vfio/7", errno::ENOENT, "there is no /dev/vfio/7"),
