@@ -3,14 +3,18 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::AtomicUsize;
 use std::thread;
 
 use ivsmc_proto::dmb::{DmbError, Token};
 use ivsmc_proto::memory::Memory;
 use ivsmc_shm::mem;
 
+use ivsmc_proto::ring::Producer;
 use ivsmc_proto::slot::SlotState;
+use ivsmc_shm::poll::EventFd;
 
+use super::doorbell::Seat;
 use super::memory::Full;
 use super::*;
 use crate::device::tests::{spec, Scratch};
@@ -270,4 +274,175 @@ fn addresses_are_published() {
     assert_eq!(seen, *one.record());
     assert_eq!(seen.identity, other.record().identity);
     assert!(seen.addresses().iter().all(|ip| !ip.is_loopback() && !ip.is_link_local()));
+}
+
+/// A session, as far as doorbells go: how often it was notified, and told of a departure.
+#[derive(Default)]
+struct Told {
+    notified: AtomicUsize,
+    departed: AtomicUsize,
+}
+
+impl Notified for Told {
+    fn notified(&self) {
+        self.notified.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn departed(&self) {
+        self.departed.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Told {
+    fn counts(&self) -> (usize, usize) {
+        (self.notified.load(Ordering::SeqCst), self.departed.load(Ordering::SeqCst))
+    }
+}
+
+/// Runs `test` with two attachments to an ivshmem server that gives each client `vectors`.
+fn with_doorbells(vectors: u16, test: impl FnOnce(Arc<Attachment>, Arc<Attachment>)) {
+    let scratch = Scratch::new();
+    let socket = scratch.path().join("ivs.sock");
+    let mut options = ServerOptions::new(&socket);
+    options.backing = server::Backing::Memfd { size: 16 << 20 };
+    options.vectors = vectors;
+    let server = Server::new(options).unwrap();
+    thread::scope(|scope| {
+        let _stop = StopOnDrop(server.handle());
+        scope.spawn(|| server.serve(&Plain, |_| {}).unwrap());
+        let device = spec(Kind::Host, &socket);
+        test(Attachment::open(&device).unwrap(), Attachment::open(&device).unwrap());
+    });
+}
+
+/// Has `from` notify `to` of the DMB that `peer` writes.
+fn notify(from: &Attachment, to: &Attachment, peer: &PeerDmb) {
+    let info = from.region().slot_info(to.me()).unwrap();
+    from.region().set_summary(to.me(), peer.number());
+    assert!(from.doorbells().unwrap().notify(info.ivposition.unwrap(), info.vector.unwrap()));
+}
+
+#[test]
+fn a_doorbell_is_told_to_the_session_it_is_about_and_heard_from_then_on() {
+    with_doorbells(2, |reader, writer| {
+        let told: [Arc<Told>; 3] = Default::default();
+        let own: Vec<_> = (0..3).map(|_| reader.allocate(0, writer.me()).unwrap()).collect();
+        for (own, told) in own.iter().zip(&told) {
+            let told = Arc::downgrade(told);
+            assert!(own.tell(told));
+        }
+        let attach = |own: &OwnDmb| writer.attach(own.token(), 0, reader.me()).unwrap();
+        let peers: Vec<_> = own.iter().map(attach).collect();
+        let is_heard = |peer: &PeerDmb| Producer::new(peer.place()).is_heard(writer.memory());
+        assert!(!peers.iter().any(is_heard));
+        notify(&writer, &reader, &peers[1]);
+        let bell = Arc::new(EventFd::new().unwrap());
+        let ear = own[0].ear().unwrap();
+        let seat = ear.enter(&bell);
+        assert!(!seat.drain());
+        assert_eq!(told.each_ref().map(|told| told.counts()), [(0, 0), (1, 0), (0, 0)]);
+        assert_eq!(peers.iter().map(is_heard).collect::<Vec<_>>(), [false, true, false]);
+        // The own one is only looked at.
+        notify(&writer, &reader, &peers[0]);
+        assert!(seat.drain());
+        assert_eq!(told[0].counts(), (0, 0));
+        // A later session of the pair has heard from the start.
+        let later = reader.allocate(0, writer.me()).unwrap();
+        assert!(is_heard(&attach(&later)));
+        let stats = reader.doorbell_stats().unwrap();
+        assert_eq!((stats.vector, stats.received, stats.lost), (1, 2, 0));
+    });
+}
+
+#[test]
+fn a_bit_without_its_doorbell_is_found_and_not_heard_any_more() {
+    with_doorbells(1, |reader, writer| {
+        let told = Arc::new(Told::default());
+        let own = reader.allocate(0, writer.me()).unwrap();
+        own.tell(Arc::<Told>::downgrade(&told));
+        let peer = writer.attach(own.token(), 0, reader.me()).unwrap();
+        let other = reader.allocate(0, writer.me()).unwrap();
+        let bell = Arc::new(EventFd::new().unwrap());
+        let ear = other.ear().unwrap();
+        let seat = ear.enter(&bell);
+        let is_heard = || Producer::new(peer.place()).is_heard(writer.memory());
+        notify(&writer, &reader, &peer);
+        seat.drain();
+        assert!(is_heard());
+        writer.region().set_summary(reader.me(), peer.number());
+        seat.look();
+        assert!(!is_heard());
+        assert_eq!(told.counts(), (2, 0));
+        assert_eq!(reader.doorbell_stats().unwrap().lost, 1);
+        seat.look();
+        assert_eq!(told.counts(), (2, 0));
+    });
+}
+
+#[test]
+fn whatever_bits_are_set_each_session_is_told_once_a_drain() {
+    with_doorbells(1, |reader, writer| {
+        let told: [Arc<Told>; 4] = Default::default();
+        let own: Vec<_> = (0..4).map(|_| reader.allocate(0, writer.me()).unwrap()).collect();
+        for (own, told) in own.iter().zip(&told) {
+            let told = Arc::downgrade(told);
+            own.tell(told);
+        }
+        for number in 0..=u16::MAX {
+            writer.region().set_summary(reader.me(), number);
+        }
+        let bell = Arc::new(EventFd::new().unwrap());
+        let other = reader.allocate(0, writer.me()).unwrap();
+        let ear = other.ear().unwrap();
+        assert!(ear.enter(&bell).drain());
+        assert!(told.iter().all(|told| told.counts() == (1, 0)));
+    });
+}
+
+#[test]
+fn the_lead_goes_to_who_has_slept_longest() {
+    with_doorbells(1, |reader, writer| {
+        let own = reader.allocate(0, writer.me()).unwrap();
+        let ear = own.ear().unwrap();
+        let bells: Vec<_> = (0..3).map(|_| Arc::new(EventFd::new().unwrap())).collect();
+        let mut seats: Vec<_> = bells.iter().map(|bell| ear.enter(bell)).collect();
+        let leads = |seats: &[Seat]| -> Vec<_> {
+            seats.iter().map(|seat| seat.doorbell().is_some()).collect()
+        };
+        let rung = || bells.iter().map(|bell| bell.drain().unwrap()).collect::<Vec<_>>();
+        assert_eq!(leads(&seats), [true, false, false]);
+        seats.remove(2);
+        assert_eq!((leads(&seats), rung()), (vec![true, false], vec![0, 0, 0]));
+        seats.push(ear.enter(&bells[2]));
+        seats.remove(0);
+        assert_eq!((leads(&seats), rung()), (vec![true, false], vec![0, 1, 0]));
+        seats.remove(0);
+        assert_eq!((leads(&seats), rung()), (vec![true], vec![0, 0, 1]));
+        seats.clear();
+        assert_eq!(rung(), [0, 0, 0]);
+    });
+}
+
+#[test]
+fn sessions_of_a_departed_peer_are_told_once() {
+    with_doorbells(1, |reader, writer| {
+        let told = Arc::new(Told::default());
+        let own = reader.allocate(0, writer.me()).unwrap();
+        own.tell(Arc::<Told>::downgrade(&told));
+        let mine = Arc::new(Told::default());
+        let own_session = reader.allocate(0, reader.me()).unwrap();
+        own_session.tell(Arc::<Told>::downgrade(&mine));
+        let bell = Arc::new(EventFd::new().unwrap());
+        let ear = own_session.ear().unwrap();
+        let seat = ear.enter(&bell);
+        seat.drain();
+        assert_eq!(told.counts(), (0, 0));
+        reader.region().mark_dead(writer.me());
+        seat.drain();
+        seat.drain();
+        assert_eq!((told.counts(), mine.counts()), ((0, 1), (0, 0)));
+        assert_eq!(reader.doorbell_stats().unwrap().departures, 1);
+        // And who comes too late to be told learns it when it asks.
+        assert!(!own.tell(Arc::<Told>::downgrade(&told)));
+    });
 }
