@@ -208,7 +208,9 @@ def devices() -> list[dict[str, Any]]:
     """Return what is found here, one dict a device.
 
     Keys: ``spec``, ``kind``, ``usable``, ``reason`` (why not, else None), and for a usable one
-    ``region`` (uuid), ``size`` in bytes, ``slot``, ``peers``.
+    ``region`` (uuid), ``size`` in bytes, ``slot``, ``peers``, ``memory`` and ``memory_ratio``: of
+    a guest's device "write-back" or "uncached", with how many times slower its slowest kind of
+    access was than in ordinary memory; else None.
     """
 
 def open_device(spec: str, /) -> Device:
@@ -232,12 +234,28 @@ class Device:
 
         ``vector`` is the one on which its doorbell is notified, None if the device has none;
         ``doorbells_lost`` counts those that only the look every half second has found,
-        ``departures`` the peers whose end a doorbell has told.
+        ``departures`` the peers whose end a doorbell has told; ``memory`` is as ``devices`` has it.
         """
     def census(self) -> dict[str, int]:
         """Return what is in use in the region: slots, listeners, intents, extents, DMBs."""
     def reap(self) -> int:
         """Look for dead peers now, take back what they had; return how many there were."""
+    def slots(self) -> list[dict[str, Any]]:
+        """Return the peer slots that are in use, one dict each.
+
+        Keys: ``slot`` ("index.generation"), ``index``, ``generation``, ``state`` ("live", or
+        "dead": being reclaimed), ``own`` (this process's), ``prover`` (who may say that it is dead:
+        "lock", "ivposition", "agent", "vfio" or "none") with ``prover_id``, ``ivposition`` and
+        ``vector`` (None without), ``same_boot`` and ``same_machine`` (as this process; None if
+        that is not known), ``addresses`` of its host.
+        """
+    def declare_dead(self, slot: str, /) -> bool:
+        """Declare the slot "index.generation" dead and take back what its owner had.
+
+        Return whether it was in use. For an operator who knows that its owner will never write to
+        the region again: if it does, it writes into memory of others. Raises ``OSError`` for what
+        is no slot, or this process's own.
+        """
     def close(self) -> None:
         """Let go of the device; the attachment ends with its last session. Idempotent."""
     def __enter__(self) -> Self: ...

@@ -12,8 +12,9 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "devices",
         help="list the devices found and what they are worth",
-        description="List the devices that IVSMC_DEVICE names, else those found: local and every "
-        "/run/ivsmc/*.sock. The status is 0 if one of them is usable, else 1.",
+        description="List the devices that IVSMC_DEVICE names, else those found: ivshmem devices "
+        "of this guest, every /run/ivsmc/*.sock, and local. The status is 0 if one of them is "
+        "usable, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.set_defaults(run=run)
@@ -42,5 +43,5 @@ def run(options: argparse.Namespace) -> int:
 def _detail(device: dict[str, object]) -> str:
     if not device["usable"]:
         return str(device["reason"]).removeprefix(f"device {device['spec']}: ")
-    known = {key: device.get(key) for key in ("size", "region", "slot", "peers")}
+    known = {key: device.get(key) for key in ("size", "region", "slot", "peers", "memory")}
     return ", ".join(f"{key} {value}" for key, value in known.items() if value is not None)

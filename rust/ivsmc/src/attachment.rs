@@ -39,7 +39,9 @@ use ivsmc_shm::mapping::Mapping;
 use ivsmc_shm::net::Family;
 use ivsmc_shm::{file as files, fork, lock as locks, net};
 
-use crate::device::{self, Backing, DeviceSpec, Doorbells, Kind, Opened, Unusable};
+use crate::device::{
+    self, Backing, DeviceSpec, Doorbells, Kind, MemoryType, Opened, Probe, Unusable,
+};
 use crate::reactor::{lock, Reactor};
 
 use doorbell::Doorbell;
@@ -57,6 +59,8 @@ pub(crate) struct Attachment {
     judge: Judge,
     /// No memory needs to be reserved.
     whole: bool,
+    /// Of a guest's device, what its memory was measured to be.
+    memory_type: Option<MemoryType>,
     record: Mutex<Arc<HostRecord>>,
     pool: Mutex<Pool>,
     /// Held while reaping: see the module's words about locks.
@@ -98,7 +102,7 @@ impl Attachment {
     pub(crate) fn attach_to(spec: &DeviceSpec, opened: Opened) -> Result<Arc<Self>, Unusable> {
         let Opened { mapping, whole, lockable, backing } = opened;
         match claim(&mapping, lockable, &backing) {
-            Ok(Claimed { region, me, judge, record }) => {
+            Ok(Claimed { region, me, judge, record, memory_type }) => {
                 backing.settled(&mapping);
                 let can_be_notified = backing.doorbells().and_then(Doorbells::own).is_some();
                 let slots = region.geometry().slots();
@@ -109,6 +113,7 @@ impl Attachment {
                     me,
                     judge,
                     whole,
+                    memory_type,
                     record: Mutex::new(Arc::new(record)),
                     reaping: Mutex::default(),
                     backing,
@@ -136,6 +141,11 @@ impl Attachment {
 
     pub(crate) fn memory(&self) -> &Mapping {
         self.region.memory()
+    }
+
+    /// What a guest's device's memory was measured to be.
+    pub(crate) fn memory_type(&self) -> Option<MemoryType> {
+        self.memory_type
     }
 
     /// The peer slot of this process.
@@ -217,6 +227,11 @@ impl Attachment {
         reaped
     }
 
+    /// This boot of this machine.
+    pub(crate) fn boot(&self) -> Boot {
+        self.judge.witness.boot
+    }
+
     /// What is claimed in the whole region.
     pub(crate) fn census(&self) -> Census {
         self.region.census()
@@ -271,6 +286,7 @@ struct Claimed {
     me: SlotRef,
     judge: Judge,
     record: HostRecord,
+    memory_type: Option<MemoryType>,
 }
 
 fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Claimed, Unusable> {
@@ -282,7 +298,9 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
     let addresses = host_addresses().map_err(os("the addresses of this host"))?;
     let netns = netns_cookie().map_err(os("the network namespace"))?;
     let uuid = files::random_u128().map_err(os("a random number"))?;
+    let probe = backing.is_guests().then(|| Probe::loads(mapping)).transpose()?;
     let region = Region::attach(Arc::clone(mapping), uuid)?;
+    let memory_type = probe.map(|probe| probe.stores(mapping)).transpose()?;
     let machine = files::machine_uuid().unwrap_or(0);
     let witness = Witness {
         boot: Boot { id: boot, machine },
@@ -315,7 +333,7 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
     let identity = HostIdentity { boot, netns, ivposition: backing.guest_id().unwrap_or(0) };
     let record = HostRecord::new(identity, &addresses).on_machine(machine);
     region.write_host_record(me, &record);
-    Ok(Claimed { region, me, judge, record })
+    Ok(Claimed { region, me, judge, record, memory_type })
 }
 
 /// What stands in the claim words of those whose locks this process can see: the boot, in 32 bits.

@@ -12,10 +12,11 @@ use ivsmc_shm::{fork, net, pci, poll};
 
 use crate::agent;
 use crate::attachment::{Attachment, AttachmentStats, DoorbellStats};
-use crate::device::{self, DeviceSpec, Kind, Unusable};
+use crate::device::{self, DeviceSpec, Kind, MemoryType, Unusable};
 use crate::fallback::Reason;
 use crate::reactor::{lock, Key, Reactor, Source};
 use crate::runtime::{Lease, Runtime};
+use crate::slots::{self, SlotReport};
 use crate::{Error, Result};
 
 /// The variable that names devices where no argument does.
@@ -365,6 +366,8 @@ pub struct RegionInfo {
     pub uuid: u128,
     /// Bytes.
     pub size: u64,
+    /// What its memory was measured to be; only of a guest's device.
+    pub memory_type: Option<MemoryType>,
     /// The peer slot of this process, "index.generation".
     pub slot: String,
     /// Peer slots there are.
@@ -388,6 +391,7 @@ impl RegionInfo {
         Self {
             uuid: region.uuid(),
             size: geometry.size(),
+            memory_type: attachment.memory_type(),
             slot: attachment.me().to_string(),
             slots: geometry.slots(),
             extents: geometry.extents(),
@@ -490,6 +494,25 @@ impl Device {
     /// [`Error::Closed`]; [`Error::Forked`] in a child of the process that opened it.
     pub fn reap(&self) -> Result<usize> {
         Ok(self.attachment()?.reap())
+    }
+
+    /// The peer slots that somebody has, or had until just now, in the order of their numbers.
+    ///
+    /// # Errors
+    /// [`Error::Closed`]; [`Error::Forked`] in a child of the process that opened it.
+    pub fn slots(&self) -> Result<Vec<SlotReport>> {
+        Ok(slots::report(&*self.attachment()?))
+    }
+
+    /// Declares the slot "index.generation" dead and gives back what its owner had; whether it was
+    /// live or dead until now. For an operator who knows that its owner is gone for good, or will
+    /// never write to the region again: if it does after all, it writes into memory of others.
+    ///
+    /// # Errors
+    /// [`Error::ApiMisuse`] for what is no slot, or this process's own; [`Error::Closed`];
+    /// [`Error::Forked`] in a child of the process that opened it.
+    pub fn declare_dead(&self, slot: &str) -> Result<bool> {
+        slots::declare_dead(&*self.attachment()?, slot)
     }
 
     /// Lets go of it. The process stays attached while it has sessions or listeners there. In a

@@ -46,6 +46,8 @@ reasons! {
     NoDevice = "NO_DEVICE", 0x0303_0000;
     /// The private `local` directory is not safe to use, and there is no other device.
     LocalUnsafe = "LOCAL_UNSAFE", 0x0303_0000;
+    /// The memory of the only device there is is not cached, so it would be slower than TCP.
+    RegionUncached = "REGION_UNCACHED", 0x0303_0000;
     /// The listener is in the directory, but nobody took the intent in time: it does not accept,
     /// or the address is translated on the way.
     NotMatched = "NOT_MATCHED", 0x0301_0000;

@@ -180,11 +180,9 @@ impl Regions {
             let sentence = "shared memory is switched off (device \"none\")";
             return Fallback::new(Reason::Disabled, Side::Local, sentence);
         }
-        let reason = if self.problems.iter().any(|p| p.reason == Reason::LocalUnsafe) {
-            Reason::LocalUnsafe
-        } else {
-            Reason::NoDevice
-        };
+        let named = |reason: &Reason| self.problems.iter().any(|p| p.reason == *reason);
+        let reason = [Reason::LocalUnsafe, Reason::RegionUncached].into_iter().find(named);
+        let reason = reason.unwrap_or(Reason::NoDevice);
         let sentence = if self.problems.is_empty() {
             "there is no device".to_owned()
         } else {

@@ -7,6 +7,7 @@
 //! untouched.
 
 use core::fmt;
+use core::ops::Range;
 use core::sync::atomic::Ordering;
 
 use crate::layout::{Geometry, MIN_REGION, PAGE, WORD};
@@ -31,6 +32,10 @@ const AT_LAYOUT: u64 = 6 * WORD;
 
 /// The one feature bit of this version, always set: a features word is never zero.
 const FEATURE_SET: u64 = 1;
+
+/// Part of the superblock that means nothing: newcomers time stores of zeros there.
+pub const SCRATCH: Range<u64> = 2048..PAGE;
+
 /// A region in a memory.
 #[derive(Debug)]
 pub struct Region<M> {

@@ -1,6 +1,6 @@
 //! Devices for Python: what is found, and one held open.
 
-use ivsmc::{DeviceInfo, RegionInfo};
+use ivsmc::{DeviceInfo, MemoryType, RegionInfo, SlotReport};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
@@ -27,9 +27,34 @@ fn describe(py: Python<'_>, info: DeviceInfo) -> PyResult<Bound<'_, PyDict>> {
     if let Some(region) = info.region {
         dict.set_item("region", uuid(region.uuid))?;
         dict.set_item("size", region.size)?;
+        describe_memory(&dict, region.memory_type)?;
         dict.set_item("slot", &region.slot)?;
         dict.set_item("peers", region.census.live.saturating_sub(1))?;
     }
+    Ok(dict)
+}
+
+/// What a guest's device's memory was measured to be.
+fn describe_memory(dict: &Bound<'_, PyDict>, found: Option<MemoryType>) -> PyResult<()> {
+    dict.set_item("memory", found.as_ref().map(MemoryType::name))?;
+    dict.set_item("memory_ratio", found.map(|found| found.ratio))
+}
+
+fn describe_slot<'py>(py: Python<'py>, slot: SlotReport) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("slot", slot.name())?;
+    dict.set_item("index", slot.index)?;
+    dict.set_item("generation", slot.generation)?;
+    dict.set_item("state", if slot.is_live { "live" } else { "dead" })?;
+    dict.set_item("own", slot.is_own)?;
+    dict.set_item("prover", slot.prover)?;
+    dict.set_item("prover_id", slot.prover_id)?;
+    dict.set_item("ivposition", slot.ivposition)?;
+    dict.set_item("vector", slot.vector)?;
+    dict.set_item("same_boot", slot.is_same_boot)?;
+    dict.set_item("same_machine", slot.is_same_machine)?;
+    let addresses: Vec<_> = slot.addresses.iter().map(ToString::to_string).collect();
+    dict.set_item("addresses", addresses)?;
     Ok(dict)
 }
 
@@ -86,6 +111,7 @@ impl Device {
         let dict = PyDict::new(py);
         dict.set_item("region", uuid(region.uuid))?;
         dict.set_item("size", region.size)?;
+        describe_memory(&dict, region.memory_type)?;
         dict.set_item("slot", region.slot)?;
         dict.set_item("slots", region.slots)?;
         dict.set_item("extent_size", region.extent_size)?;
@@ -119,6 +145,22 @@ impl Device {
     /// Look for dead peers now, take back what they had; return how many there were.
     fn reap(&self, py: Python<'_>) -> PyResult<usize> {
         detach(py, || self.device.reap()).map_err(|error| errors::to_python(py, error))
+    }
+
+    /// Return the peer slots that are in use, one dict each.
+    fn slots<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let found = detach(py, || self.device.slots());
+        let list = PyList::empty(py);
+        for slot in found.map_err(|error| errors::to_python(py, error))? {
+            list.append(describe_slot(py, slot)?)?;
+        }
+        Ok(list)
+    }
+
+    /// Declare a slot dead and take back what its owner had; return whether it was in use.
+    #[pyo3(signature = (slot, /))]
+    fn declare_dead(&self, py: Python<'_>, slot: &str) -> PyResult<bool> {
+        detach(py, || self.device.declare_dead(slot)).map_err(|error| errors::to_python(py, error))
     }
 
     /// Let go of the device; the attachment ends with its last session. Idempotent.

@@ -14,6 +14,7 @@ pub(crate) mod guest;
 mod host;
 mod local;
 mod pci;
+mod probe;
 mod spec;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -38,6 +39,8 @@ pub(crate) use function::ivshmem_devices;
 pub(crate) use host::Link;
 pub(crate) use local::LocalFile;
 pub(crate) use pci::PciDevice;
+pub use probe::MemoryType;
+pub(crate) use probe::Probe;
 pub use spec::Kind;
 pub(crate) use spec::{DeviceSpec, Place};
 pub(crate) use vfio::{own as own_vfio, VfioDevice, DRIVER as VFIO_DRIVER};
@@ -127,14 +130,14 @@ impl Backing {
         }
     }
 
+    /// Whether the memory is a guest's device's, of which nothing tells what kind it is.
+    pub(crate) fn is_guests(&self) -> bool {
+        matches!(self, Self::Vfio(_) | Self::Agent(_) | Self::Pci(_))
+    }
+
     /// The id of a guest's device at the ivshmem server, if it has one.
     pub(crate) fn guest_id(&self) -> Option<u16> {
-        match self {
-            Self::Vfio(_) | Self::Agent(_) | Self::Pci(_) => {
-                self.doorbells().map(Doorbells::ivposition)
-            }
-            Self::Local(_) | Self::File | Self::Host(_) => None,
-        }
+        self.doorbells().filter(|_| self.is_guests()).map(Doorbells::ivposition)
     }
 
     /// The newcomer has its slot.
