@@ -32,6 +32,8 @@ pub(super) struct Client {
     pub(super) outbox: Outbox,
     /// Tells this client apart from others that had its id before.
     pub(super) serial: u64,
+    /// Clients with a lower serial have not heard of this one and never will (`ids.rs`).
+    pub(super) heard_from: u64,
 }
 
 /// How far sending got.

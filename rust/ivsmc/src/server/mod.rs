@@ -11,6 +11,7 @@
 //! * **No client holds up another.** Nothing waits for a client. One that does not read is only
 //!   behind: it costs a bounded number of descriptors in flight and a few bytes for each id
 //!   (`outbox.rs`), and gets what still matters when it reads again.
+//! * **No id comes back to who heard it leave**, which QEMU's device would not survive (`ids.rs`).
 //! * **Memory is there.** The region is reserved whole; a memfd is sealed, so that no client can
 //!   take it away from under another.
 //!
@@ -310,13 +311,15 @@ impl Server {
         let Some(client) = state.clients.remove(&id) else { return };
         // Closing would do, were the socket not shared with a child that is being forked.
         let _ = self.epoll.remove(&client.socket);
+        let heard_from = client.heard_from;
         drop(client);
         // Before anybody can be told or be given this id: what it held in the region is nobody's.
         let slots = self.memory.mark_leaver(id);
         state.eventfds.remove(&id);
-        for other in state.clients.values_mut() {
+        for other in state.clients.values_mut().filter(|other| other.serial >= heard_from) {
             other.outbox.left(id);
         }
+        state.ids.left(id, state.next_serial);
         self.flush_all(state);
         if slots > 0 {
             for vectors in state.eventfds.values() {
@@ -370,9 +373,10 @@ impl Server {
             .map_err(|error| descriptors_ended(&error))?;
         let named: BTreeSet<u16> = self.memory.named_ids().collect();
         let clients = &state.clients;
-        let id = state
+        let oldest = clients.values().map(|client| client.serial).min();
+        let (id, heard_from) = state
             .ids
-            .take(|id| {
+            .take(oldest, |id| {
                 self.memory.is_unused(id) && !clients.contains_key(&id) && !named.contains(&id)
             })
             .ok_or(
@@ -389,12 +393,12 @@ impl Server {
             .map_err(|error| format!("it cannot be watched: {error}"))?;
         let outbox = Outbox::new(id, self.options.vectors, state.clients.keys().copied());
         let credentials = net::peer_credentials(&socket).ok();
-        for other in state.clients.values_mut() {
+        for other in state.clients.values_mut().filter(|other| other.serial >= heard_from) {
             other.outbox.joined(id);
         }
         state.eventfds.insert(id, vectors);
         let since = Instant::now();
-        state.clients.insert(id, Client { socket, credentials, since, outbox, serial });
+        state.clients.insert(id, Client { socket, credentials, since, outbox, serial, heard_from });
         self.flush_all(state);
         state.joined += 1;
         events.push(Event::Joined {

@@ -102,8 +102,8 @@ fn a_leaver_is_marked_before_anybody_hears_of_it() {
     for round in 1..=20 {
         let leaver = Client::join(served.server.path(), 1);
         witness.read_until_peers(1, 1);
-        // The same each time: the one before was marked.
-        assert_eq!(leaver.id, 1);
+        // Another each time: the witness must not hear of one again that it has heard leave.
+        assert_eq!(leaver.id, round);
         let slots = [leaver.claim(&region), leaver.claim(&region)];
         assert!(region.claim_extent(slots[0]).is_some());
         drop(leaver);
@@ -122,7 +122,7 @@ fn a_leaver_is_marked_before_anybody_hears_of_it() {
     }
     drop(served.server.status());
     let events: Vec<_> = served.past_events().collect();
-    let left = events.iter().filter(|event| matches!(event, Event::Left { id: 1, slots: 2 }));
+    let left = events.iter().filter(|event| matches!(event, Event::Left { slots: 2, .. }));
     assert!(left.count() >= 19, "{events:?}");
 }
 
@@ -148,6 +148,58 @@ fn rolling_ids_rest_as_long_as_they_can() {
         witness.read_until_peers(1, 1);
         witness.read_until_peers(0, 1);
     }
+}
+
+#[test]
+fn ids_come_back_when_nobody_is_left_who_heard_them_leave() {
+    let scratch = Scratch::new();
+    let served = Served::start(scratch.options());
+    let mut witness = Client::join(served.server.path(), 1);
+    for id in 1..5 {
+        assert_eq!(Client::join(served.server.path(), 1).id, id);
+        witness.read_until_peers(1, 1);
+        witness.read_until_peers(0, 1);
+    }
+    let mut later = Client::join(served.server.path(), 1);
+    assert_eq!(later.id, 5);
+    drop(witness);
+    later.read_until_peers(0, 1);
+    // It has heard of 0 only.
+    assert_eq!(Client::join(served.server.path(), 1).id, 1);
+}
+
+#[test]
+fn when_all_ids_rest_a_newcomer_is_announced_only_to_who_came_later() {
+    let scratch = Scratch::new();
+    let backing = Backing::File { path: scratch.path("region"), size: Some(MIB) };
+    let serve = || Served::start(ServerOptions { backing: backing.clone(), ..scratch.options() });
+    let served = serve();
+    let region = Client::join(served.server.path(), 1).attach();
+    drop(served);
+    // The holders of all others may live on since another ivshmem server gave them out.
+    const FIRST: u16 = u16::MAX - 4;
+    region.set_ids_given(u32::from(FIRST));
+    let served = serve();
+    let mut early = join(&served);
+    assert_eq!(early.id, FIRST);
+    for id in FIRST + 1..=u16::MAX {
+        assert_eq!(join(&served).id, id);
+        early.read_until_peers(1, 1);
+        early.read_until_peers(0, 1);
+    }
+    let mut late = join(&served);
+    assert_eq!(late.id, FIRST + 1);
+    let newcomer = join(&served);
+    assert_eq!(newcomer.id, FIRST + 2);
+    assert_eq!(newcomer.peers.keys().copied().collect::<Vec<_>>(), [FIRST, FIRST + 1]);
+    late.read_until_peers(2, 1);
+    drop(newcomer);
+    late.read_until_peers(1, 1);
+    drop(late);
+    while served.server.status().unwrap().clients.len() > 1 {
+        std::thread::yield_now();
+    }
+    assert_eq!(early.read_ready(), 0);
 }
 
 #[test]
