@@ -6,7 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from ivsmc._cli import agent, bench, bind, devices, doctor, nc, qemu_args, server, xml
+from ivsmc._cli import agent, bench, bind, devices, doctor, nc, qemu_args, region, server, xml
 
 __all__ = ["main"]
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("ivsmc"))
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (agent, bench, bind, devices, doctor, nc, qemu_args, server, xml):
+    for command in (agent, bench, bind, devices, doctor, nc, qemu_args, region, server, xml):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
