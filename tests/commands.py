@@ -1,7 +1,10 @@
 """The command line in a process of its own."""
 
+import contextlib
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 IVSMC = [sys.executable, "-W", "error", "-m", "ivsmc"]
@@ -12,3 +15,21 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [*IVSMC, *arguments], capture_output=True, text=True, check=False, **options
     )
+
+
+@contextlib.contextmanager
+def listening(port: int, *options: str) -> Iterator[list[str]]:
+    """``ivsmc bench --listen`` on ``port``; yields what it says, complete at the end."""
+    arguments = [*IVSMC, "bench", "--listen", f"127.0.0.1:{port}", *options]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = [process.stderr.readline()]
+        reader = threading.Thread(target=said.extend, args=(process.stderr,))
+        reader.start()
+        try:
+            assert said == [f"ivsmc bench: listening on 127.0.0.1:{port}\n"]
+            yield said
+        finally:
+            process.terminate()
+            reader.join()
+    assert process.returncode == 0, said

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import ivsmc
-from commands import command
+from commands import command, listening
 from conftest import running_server
 from endpoints import LOOPBACK
 from guests import Guest, MiB
@@ -369,6 +369,14 @@ def test_a_listener_elsewhere(shared_device: str, free_port: int) -> None:
         assert f"over shared memory, device {shared_device}" in entry["text"]
         remote.receive()
         remote.send(None)
+
+
+def test_a_bench_elsewhere(shared_device: str, free_port: int) -> None:
+    with listening(free_port, "--device", shared_device):
+        over = report("--device", shared_device, "--to", f"127.0.0.1:{free_port}")
+    (entry,) = entries(over, "to")
+    assert entry["verdict"] == "ok"
+    assert re.search(r"; 1 MiB came as sent, round trip [\d.]+ us$", entry["text"])
 
 
 def test_a_listener_that_does_not_share_memory() -> None:

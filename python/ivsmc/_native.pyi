@@ -22,6 +22,7 @@ __all__ = [
     "connect",
     "devices",
     "open_device",
+    "set_spin",
     "shutdown",
 ]
 
@@ -93,7 +94,7 @@ class Stream:
     def fallback_reason(self) -> Fallback | None:
         """Why it is TCP; None on shared memory."""
     def stats(self) -> dict[str, Any]:
-        """Return counters: bytes each way, wakes, doorbells, waits, buffer sizes, device, peer.
+        """Return counters: bytes each way, wakes by TCP and doorbell, waits, buffer sizes, device.
 
         ``wakes_sent`` and ``wakes_received`` count bytes on the TCP connection that woke the other
         end, or this one; ``doorbells_sent`` and ``doorbells_received`` doorbells. One received may
@@ -322,4 +323,10 @@ def bare_limit(cores: tuple[int, int], round_trips: int, size: int, /) -> tuple[
 
     Return the microseconds of a word there and back, and the bytes per second of ``size`` bytes
     copied into one ring and out again.
+    """
+
+def set_spin(microseconds: int | None, /) -> None:
+    """Set how long each wait of this process looks before it sleeps, from now on.
+
+    None is what the environment says. For measuring both ways in one run.
     """

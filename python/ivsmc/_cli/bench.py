@@ -1,4 +1,8 @@
-"""``ivsmc bench``: ivsmc against TCP loopback and an AF_UNIX stream, in one run, as one table."""
+"""``ivsmc bench``: ivsmc against other transports, in one run, as one table.
+
+On one machine against TCP loopback and an AF_UNIX stream; between two processes started by hand,
+which may be on two machines, against TCP to the same address.
+"""
 
 import argparse
 import contextlib
@@ -11,10 +15,22 @@ from typing import Any
 
 import ivsmc
 from ivsmc import _native
-from ivsmc._cli import measure
-from ivsmc._cli.arguments import Commands, add_transport_options, bounded, size
+from ivsmc._cli import between, measure
+from ivsmc._cli.arguments import (
+    Commands,
+    add_transport_options,
+    address,
+    bounded,
+    shown,
+    size,
+)
+from ivsmc._cli.between import Far
 
 _LABELS = {"ivsmc": "ivsmc", "tcp": "TCP loopback", "unix": "AF_UNIX stream"}
+_PORT = 9700
+_SPIN_US = 20_000
+"""Microseconds that the spinning end looks before it sleeps: longer than a host takes to run a
+virtual machine again that it had stopped for another."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -25,7 +41,24 @@ def add_parser(commands: Commands) -> None:
         description="Measure round trips of 64 bytes and a stream of 64 KiB blocks between two "
         "processes, each pinned to a core of its own where there are two, over every transport "
         "in the same run. The rounds of the transports alternate; percentiles are over all "
-        "rounds, throughput is the median round. All data is checked.",
+        "rounds, throughput is the median round. All data is checked. With --listen at one end "
+        "and --connect at the other it runs between two machines: ivsmc against TCP to the same "
+        "port, spinning (looking again for up to 20 ms before sleeping) and sleeping at once.",
+    )
+    between_two = parser.add_mutually_exclusive_group()
+    between_two.add_argument(
+        "--listen",
+        type=address,
+        nargs="?",
+        const=("", _PORT),
+        metavar="[HOST:]PORT",
+        help=f"be the other end, for one --connect after the other (default: port {_PORT})",
+    )
+    between_two.add_argument(
+        "--connect",
+        type=address,
+        metavar="HOST:PORT",
+        help="measure against an ivsmc bench --listen",
     )
     parser.add_argument(
         "--round-trips",
@@ -48,7 +81,7 @@ def add_parser(commands: Commands) -> None:
         "--transports",
         default=",".join(measure.TRANSPORTS),
         metavar="LIST",
-        help="which to measure (default: %(default)s)",
+        help="which to measure on one machine (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     add_transport_options(parser)
@@ -57,6 +90,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print."""
+    if options.listen is not None:
+        return between.listen(options.listen, options.device, options.require)
     transports = list(dict.fromkeys(options.transports.split(",")))
     if unknown := [name for name in transports if name not in measure.TRANSPORTS]:
         options.parser.error(f"unknown transport {unknown[0]!r}; known: {', '.join(_LABELS)}")
@@ -67,77 +102,142 @@ def run(options: argparse.Namespace) -> int:
         stream_bytes=max(options.bytes // 65536, 1) * 65536,
         checked_bytes=min(options.bytes, 64 * 1024 * 1024),
     )
-    report = _measure(transports, plan, options)
+    if options.connect is not None:
+        report = _measure_between(plan, options)
+    else:
+        report = _measure(transports, plan, options)
     print(json.dumps(report, indent=2) if options.json else _table(report))
     return 0
+
+
+class _Leg:
+    """One row of the table: a way to move bytes, and what was measured of it."""
+
+    def __init__(self, name: str, label: str, other: measure.Other, mode: str | None) -> None:
+        self.name = name
+        self.label = label
+        self.mode = mode
+        self.other = other
+        self.trips: list[int] = []
+        self.speeds: list[float] = []
+        self.checked = 0
+        self.counters: dict[str, int] = {}
+
+    def measure_round(self, plan: measure.Plan, where: str) -> None:
+        """Measure round trips and a stream."""
+        before = _counters(self.other.stream)
+        _progress(f"{where}: {self.label}, round trips")
+        self.trips.extend(measure.round_trips(self.other, plan))
+        _progress(f"{where}: {self.label}, stream")
+        self.speeds.append(measure.throughput(self.other, plan))
+        for name, value in _counters(self.other.stream).items():
+            self.counters[name] = self.counters.get(name, 0) + value - before[name]
+
+    def result(self) -> dict[str, Any]:
+        """Return the row."""
+        stream = self.other.stream
+        session = stream if isinstance(stream, ivsmc.Session) else None
+        reason = session.fallback_reason if session else None
+        samples = sorted(self.trips)
+        return {
+            "name": self.name,
+            "mode": self.mode,
+            "label": f"{self.label} ({session.transport})" if session else self.label,
+            "transport": session.transport if session else self.name,
+            "device": session.stats()["device"] if session else None,
+            "fallback_reason": str(reason) if reason else None,
+            "round_trip_p50_us": samples[len(samples) // 2] / 1000,
+            "round_trip_p99_us": samples[len(samples) * 99 // 100] / 1000,
+            "bytes_per_second": statistics.median(self.speeds),
+            "checked_bytes": self.checked,
+            "counters": self.counters,
+        }
+
+
+def _counters(stream: measure.Stream) -> dict[str, int]:
+    """Return what a session counts of its waiting and waking, at this end."""
+    if not isinstance(stream, ivsmc.Session):
+        return {}
+    words = ("wakes_", "doorbells_", "sleeps")
+    return {name: value for name, value in stream.stats().items() if name.startswith(words)}
 
 
 def _measure(
     transports: list[str], plan: measure.Plan, options: argparse.Namespace
 ) -> dict[str, Any]:
+    """Measure on this machine."""
     pinned = measure.cores()
-    before = os.sched_getaffinity(0)
-    trips: dict[str, list[int]] = {name: [] for name in transports}
-    speeds: dict[str, list[float]] = {name: [] for name in transports}
-    checked: dict[str, int] = {}
+    cores = os.sched_getaffinity(0)
     limits: list[tuple[float, float]] = []
     with contextlib.ExitStack() as cleanup:
         if pinned:
             os.sched_setaffinity(0, {pinned[0]})
-            cleanup.callback(os.sched_setaffinity, 0, before)
-        peers: dict[str, measure.Peer] = {}
+            cleanup.callback(os.sched_setaffinity, 0, cores)
+        legs: list[_Leg] = []
         for name in transports:
             _progress(f"{_LABELS[name]}: checking data")
             core = pinned[1] if pinned else None
-            peers[name] = measure.Peer(name, core, options.device, options.require)
-            cleanup.callback(peers[name].close)
-            checked[name] = measure.check(peers[name], plan)
+            peer = measure.Peer(name, core, options.device, options.require)
+            cleanup.callback(peer.close)
+            legs.append(_Leg(name, _LABELS[name], peer, None))
+            legs[-1].checked = measure.check(peer, plan)
         for number in range(1, options.rounds + 1):
-            for name, peer in peers.items():
-                _progress(f"round {number} of {options.rounds}: {_LABELS[name]}, round trips")
-                trips[name].extend(measure.round_trips(peer, plan))
-                _progress(f"round {number} of {options.rounds}: {_LABELS[name]}, stream")
-                speeds[name].append(measure.throughput(peer, plan))
+            for leg in legs:
+                leg.measure_round(plan, f"round {number} of {options.rounds}")
             if pinned:
                 _progress(f"round {number} of {options.rounds}: the machine's limit")
                 limits.append(_native.bare_limit(pinned, plan.round_trips, plan.stream_bytes))
         _progress("")
-        results = [
-            _result(name, peers[name], sorted(trips[name]), speeds[name], checked[name])
-            for name in transports
-        ]
+        results = [leg.result() for leg in legs]
     bare = None
     if limits:
         trip, speed = (statistics.median(figures) for figures in zip(*limits, strict=True))
         bare = {"round_trip_us": trip, "bytes_per_second": speed}
+    where = f"pinned to cores {pinned[0]} and {pinned[1]}" if pinned else "one core, not pinned"
+    return _report(plan, options, results) | {
+        "cores": len(cores),
+        "pinned": list(pinned) if pinned else None,
+        "bare": bare,
+        "where": f"two processes, {where}",
+    }
+
+
+def _measure_between(plan: measure.Plan, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure against an ``ivsmc bench --listen``."""
+    with between.connected(options.connect, options.device, options.require) as (session, plain):
+        legs = [
+            _Leg("ivsmc", "ivsmc spinning", Far(session, session, _SPIN_US), "spinning"),
+            _Leg("ivsmc", "ivsmc sleeping", Far(session, session, 0), "sleeping"),
+            _Leg("tcp", "TCP", Far(session, plain, None), None),
+        ]
+        for leg in legs:
+            _progress(f"{leg.label}: checking data")
+            leg.checked = measure.check(leg.other, plan)
+        for number in range(1, options.rounds + 1):
+            for leg in legs:
+                leg.measure_round(plan, f"round {number} of {options.rounds}")
+        _progress("")
+        results = [leg.result() for leg in legs]
+        where = f"this process and one at {shown(plain.getpeername())}, not pinned"
+    return _report(plan, options, results) | {
+        "cores": len(os.sched_getaffinity(0)),
+        "pinned": None,
+        "bare": None,
+        "where": where,
+    }
+
+
+def _report(
+    plan: measure.Plan, options: argparse.Namespace, results: list[dict[str, Any]]
+) -> dict[str, Any]:
     _add_ratios(results)
     return {
         "version": importlib.metadata.version("ivsmc"),
-        "cores": len(before),
-        "pinned": list(pinned) if pinned else None,
         "message_bytes": plan.message,
         "round_trips": plan.round_trips * options.rounds,
         "block_bytes": plan.block,
         "stream_bytes": plan.stream_bytes * options.rounds,
-        "bare": bare,
         "results": results,
-    }
-
-
-def _result(
-    name: str, peer: measure.Peer, samples: list[int], speeds: list[float], checked: int
-) -> dict[str, Any]:
-    session = peer.stream if isinstance(peer.stream, ivsmc.Session) else None
-    return {
-        "name": name,
-        "transport": session.transport if session else name,
-        "fallback_reason": str(session.fallback_reason)
-        if session and session.fallback_reason
-        else None,
-        "round_trip_p50_us": samples[len(samples) // 2] / 1000,
-        "round_trip_p99_us": samples[len(samples) * 99 // 100] / 1000,
-        "bytes_per_second": statistics.median(speeds),
-        "checked_bytes": checked,
     }
 
 
@@ -157,36 +257,34 @@ def _table(report: dict[str, Any]) -> str:
     def ratio(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} x"
 
+    width = max(18, *(len(result["label"]) for result in report["results"]))
     lines = [
-        f"{'':18}  {'round trip, 64 B':^30}  {'stream, 64 KiB blocks':>21}",
-        f"{'':18}  {'p50 us':>9} {'p99 us':>9} {'to TCP':>10}  {'GB/s':>9} {'to TCP':>10}",
+        f"{'':{width}}  {'round trip, 64 B':^30}  {'stream, 64 KiB blocks':>21}",
+        f"{'':{width}}  {'p50 us':>9} {'p99 us':>9} {'to TCP':>10}  {'GB/s':>9} {'to TCP':>10}",
     ]
     notes = []
     for result in report["results"]:
-        label = _LABELS[result["name"]]
-        if result["name"] == "ivsmc":
-            label += f" ({result['transport']})"
         lines.append(
-            f"{label:18}  {result['round_trip_p50_us']:9.2f} {result['round_trip_p99_us']:9.2f} "
+            f"{result['label']:{width}}  {result['round_trip_p50_us']:9.2f} "
+            f"{result['round_trip_p99_us']:9.2f} "
             f"{ratio(result['round_trip_times_tcp']):>10}  "
             f"{result['bytes_per_second'] / 1e9:9.2f} "
             f"{ratio(result['throughput_times_tcp']):>10}"
         )
-        if result["fallback_reason"]:
-            notes.append(f"ivsmc went over TCP: {result['fallback_reason']}")
+        reason = f"ivsmc went over TCP: {result['fallback_reason']}"
+        if result["fallback_reason"] and reason not in notes:
+            notes.append(reason)
     if bare := report["bare"]:
         lines.append(
-            f"{'limit here, bare':18}  {bare['round_trip_us']:9.2f} {'-':>9} {'':>10}  "
+            f"{'limit here, bare':{width}}  {bare['round_trip_us']:9.2f} {'-':>9} {'':>10}  "
             f"{bare['bytes_per_second'] / 1e9:9.2f}"
         )
         notes.append(
             "limit here, bare: two threads that spin, a word there and back, one ring, no protocol"
         )
-    pinned = report["pinned"]
-    where = f"pinned to cores {pinned[0]} and {pinned[1]}" if pinned else "one core, not pinned"
     checked = min(result["checked_bytes"] for result in report["results"])
     notes.append(
-        f"two processes, {where}; {report['round_trips']} round trips and "
+        f"{report['where']}; {report['round_trips']} round trips and "
         f"{report['stream_bytes'] >> 20} MiB each, {checked >> 20} MiB more compared by CRC-32"
     )
     return "\n".join([*lines, "", *notes])

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ivsmc
-from ivsmc._cli import measure
+from ivsmc._cli import between, measure
 from ivsmc._cli.arguments import Commands, address, shown
 from ivsmc._cli.checks import CHECKS, Finding, Scene, Verdict
 from ivsmc._cli.checks.finding import ok, wrong
 from ivsmc._cli.machine import Machine
 
 _CONNECT_SECONDS = 5.0
+_GREETING_SECONDS = 1.0
+"""So long a listener may take to say that it is a bench; others say nothing of the kind."""
 _PLAN = measure.Plan(
     message=64, round_trips=500, block=65536, stream_bytes=1 << 20, checked_bytes=1 << 20
 )
@@ -148,19 +150,28 @@ def _within(spec: str) -> Finding:
 
 
 def _connect(target: tuple[str, int]) -> Finding:
-    """Connect to a listener that is there already."""
+    """Connect to a listener that is there already; send data only to one that asks for it."""
     name = shown(target)
     try:
         session = ivsmc.create_connection(target, _CONNECT_SECONDS)
     except OSError as error:
-        return wrong(
-            f"{name}: {error.strerror or error}",
-            f"start a listener there: ivsmc bench --listen {target[1]}",
-        )
+        cure = f"start a listener there: ivsmc bench --listen {target[1]}"
+        return wrong(f"{name}: {error.strerror or error}", cure)
     with session:
         if session.transport != "smc":
             return wrong(f"{name}: over TCP: {session.fallback_reason}", None)
-        return ok(f"{name}: over shared memory, device {session.stats()['device']}")
+        text = f"{name}: over shared memory, device {session.stats()['device']}"
+        session.settimeout(_GREETING_SECONDS)
+        if not between.greeted(session):
+            return ok(text)
+        session.settimeout(_CONNECT_SECONDS)
+        try:
+            far = between.Far(session, session, None)
+            checked = measure.check(far, _PLAN)
+            trip = statistics.median(measure.round_trips(far, _PLAN)) / 1000
+        except (OSError, measure.MismatchError) as error:
+            return wrong(f"{text}, but: {error}", None)
+        return ok(f"{text}; {checked >> 20} MiB came as sent, round trip {trip:.1f} us")
 
 
 def _show(name: str, finding: Finding) -> None:

@@ -1,7 +1,8 @@
 """What ``ivsmc bench`` measures: two processes, one stream, messages there and back.
 
-The measuring process holds one end, a process of its own per transport the other (``Peer``).
-Commands go to it through a pipe, the measured bytes only through the stream. Every transport
+The measuring process holds one end, another process the other (``Other``): one of its own making
+per transport (``Peer``), which gets its commands through a pipe, or one started by hand
+(``between``). The measured bytes go through the stream alone. Every transport
 gets the same calls: blocking ``sendall`` and ``recv_into``, no timeout, TCP_NODELAY where it is
 TCP. What arrives is compared: every round trip byte for byte, every block of the timed stream by
 the number at both of its ends, and a separate untimed pass by CRC-32 over all of it.
@@ -21,11 +22,24 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import ivsmc
 
-__all__ = ["TRANSPORTS", "Peer", "Plan", "check", "cores", "round_trips", "throughput"]
+__all__ = [
+    "COMMANDS",
+    "TRANSPORTS",
+    "MismatchError",
+    "Other",
+    "Peer",
+    "Plan",
+    "Stream",
+    "check",
+    "cores",
+    "no_delay",
+    "round_trips",
+    "throughput",
+]
 
 Stream: TypeAlias = ivsmc.Session | socket.socket
 
@@ -65,6 +79,19 @@ def cores() -> tuple[int, int] | None:
     return (usable[0], usable[1]) if len(usable) > 1 else None
 
 
+class Other(Protocol):
+    """The other end of a stream, and the way to tell it what to do."""
+
+    stream: Stream
+    """This end."""
+
+    def ask(self, name: str, *numbers: int) -> None:
+        """Have it carry out one of ``COMMANDS``; what is sent after this is for the command."""
+
+    def answer(self) -> Any:
+        """Return the result of the command, or raise what went wrong over there."""
+
+
 class Peer:
     """The process at the other end of a stream of one transport."""
 
@@ -86,9 +113,9 @@ class Peer:
             self._end()
             raise
 
-    def ask(self, *command: Any) -> None:
+    def ask(self, name: str, *numbers: int) -> None:
         """Start a command over there; return when it is about to touch the stream."""
-        self._pipe.send(command)
+        self._pipe.send((name, *numbers))
         self.answer()
 
     def answer(self) -> Any:
@@ -109,7 +136,7 @@ class Peer:
         self._process.close()
 
 
-def round_trips(peer: Peer, plan: Plan) -> "array[int]":
+def round_trips(peer: Other, plan: Plan) -> "array[int]":
     """Return the nanoseconds of each round trip."""
     rng = random.Random(_SEED)
     messages = [rng.randbytes(plan.message) for _ in range(_MESSAGES)]
@@ -134,7 +161,7 @@ def round_trips(peer: Peer, plan: Plan) -> "array[int]":
     return samples
 
 
-def throughput(peer: Peer, plan: Plan) -> float:
+def throughput(peer: Other, plan: Plan) -> float:
     """Return bytes per second of a stream of blocks, until the last one was received."""
     blocks = plan.stream_bytes // plan.block
     block = bytearray(random.Random(_SEED).randbytes(plan.block))
@@ -152,7 +179,7 @@ def throughput(peer: Peer, plan: Plan) -> float:
     return blocks * plan.block / (end - start)
 
 
-def check(peer: Peer, plan: Plan) -> int:
+def check(peer: Other, plan: Plan) -> int:
     """Send a pseudo-random stream in random pieces; return the bytes whose CRC-32 agreed."""
     rng = random.Random(_SEED)
     sent, crc = 0, 0
@@ -172,13 +199,12 @@ def _peer_main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the measuring process ends this one
     if core is not None:
         os.sched_setaffinity(0, {core})
-    commands: dict[str, Callable[..., int]] = {"echo": _echo, "sink": _sink, "crc": _crc}
     try:
         with contextlib.suppress(EOFError), _accepted(pipe, transport, device, require) as stream:
             while True:
                 name, *arguments = pipe.recv()
                 pipe.send("ready")
-                pipe.send(commands[name](stream, *arguments))
+                pipe.send(COMMANDS[name](stream, *arguments))
     except Exception as error:
         with contextlib.suppress(BrokenPipeError):  # the measuring process went first
             pipe.send(error)
@@ -196,6 +222,8 @@ def _echo(stream: Stream, count: int, size: int) -> int:
 
 
 def _sink(stream: Stream, blocks: int, size: int) -> int:
+    if size < 2 * _STAMP.size:
+        raise ConnectionError(f"blocks of {size} bytes have no room for their numbers")
     buffer = bytearray(size)
     recv_into, unpack_from, tail = stream.recv_into, _STAMP.unpack_from, size - _STAMP.size
     good = 0
@@ -218,6 +246,10 @@ def _crc(stream: Stream, total: int) -> int:
         crc = zlib.crc32(buffer[:received], crc)
         total -= received
     return crc
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"echo": _echo, "sink": _sink, "crc": _crc}
+"""What the other end does: each gets the stream and numbers, and returns a number."""
 
 
 def _receive_rest(stream: Stream, buffer: bytearray, received: int) -> None:
@@ -246,7 +278,7 @@ def _accepted(
         pipe.send(listener.getsockname())
         stream, _ = listener.accept()
     with stream:
-        _no_delay(stream)
+        no_delay(stream)
         yield stream
 
 
@@ -259,10 +291,11 @@ def _connected(transport: str, address: Any, device: str | None, require: Any) -
     else:
         stream = socket.socket(socket.AF_UNIX)
         stream.connect(address)
-    _no_delay(stream)
+    no_delay(stream)
     return stream
 
 
-def _no_delay(stream: Stream) -> None:
+def no_delay(stream: Stream) -> None:
+    """Have TCP send at once, where ``stream`` is on TCP."""
     if stream.family != socket.AF_UNIX:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -44,3 +44,4 @@ pub use listen::{ListenOptions, Listener, ListenerStats};
 pub use runtime::{close_all, release_unused};
 pub use session::{RecvFlags, Session, SessionStats, Shutdown};
 pub use slots::SlotReport;
+pub use spin::set_spin;

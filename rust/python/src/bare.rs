@@ -1,4 +1,6 @@
-//! `bare_limit`: what the machine itself allows, for `ivsmc bench`.
+//! For `ivsmc bench`: what the machine itself allows, and waiting both ways in one run.
+
+use std::time::Duration;
 
 use pyo3::prelude::*;
 
@@ -17,4 +19,11 @@ pub(crate) fn bare_limit(
         .detach(|| ivsmc::limit(cores, round_trips, size))
         .map_err(|error| errors::to_python(py, error))?;
     Ok((limit.round_trip.as_secs_f64() * 1e6, limit.bytes_per_second))
+}
+
+/// Sets how many microseconds waits look before they sleep; `None` is what the environment says.
+#[pyfunction]
+#[pyo3(signature = (microseconds, /))]
+pub(crate) fn set_spin(microseconds: Option<u64>) {
+    ivsmc::set_spin(microseconds.map(Duration::from_micros));
 }

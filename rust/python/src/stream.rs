@@ -191,7 +191,7 @@ impl Stream {
         })
     }
 
-    /// Return counters: bytes each way, wakes, doorbells, waits, buffer sizes, device, peer.
+    /// Return counters: bytes each way, wakes over TCP and by doorbell, waits, buffer sizes, device.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = self.session.stats();
         let dict = PyDict::new(py);
