@@ -16,3 +16,11 @@ def exchange_with_client(
     with session:
         exchange(session, send_seed, receive_seed, total)
         return session.transport
+
+
+def connect_and_echo(_here: Here, device: str, address: tuple[str, int]) -> str:
+    """Send back what comes, to its end; return the transport."""
+    with ivsmc.create_connection(address, device=device, require="smc") as session:
+        while data := session.recv(65536):
+            session.sendall(data)
+        return session.transport

@@ -43,6 +43,10 @@ class Here:
     def receive(self) -> Any:
         return self._pipe.recv()
 
+    def fileno(self) -> int:
+        """Readable while there is something to receive."""
+        return self._pipe.fileno()
+
 
 @contextlib.contextmanager
 def running(function: Callable[..., Any], *arguments: object) -> Iterator[Remote]:
