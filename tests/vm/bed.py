@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vm import guest, tasks
-from vm.guest import Guest, Kernel
+from vm.guest import DOORBELL, PLAIN, Guest, Kernel
 from vm.machine import Machine, namespace
 
 REGION_BYTES = 64 * 1024 * 1024
@@ -28,6 +28,17 @@ class Bed:
     memory: Path
     """File of the region that the guests have as ivshmem-plain."""
 
+    def machine(self, name: str) -> Machine:
+        """One of the three."""
+        [found] = [each for each in (self.host, *self.guests) if each.name == name]
+        return found
+
+    def spec(self, machine: Machine, kind: str) -> str:
+        """How ``machine`` reaches the region of the kind "doorbell" or "plain"."""
+        if isinstance(machine, Guest):
+            return f"vfio:{DOORBELL}" if kind == "doorbell" else f"pci:{PLAIN}"
+        return f"host:{self.server}" if kind == "doorbell" else f"file:{self.memory}"
+
     def boot(self, machine: Guest) -> None:
         """Start a guest; its ``set_up`` waits until it is there."""
         machine.boot(self.kernel, self.server, self.memory)
@@ -39,7 +50,7 @@ def test_bed(kernel: Kernel) -> Iterator[Bed]:
     with contextlib.ExitStack() as cleanup:
         directory = Path(tempfile.mkdtemp(prefix="ivsmc-vm-", dir=SHM))
         cleanup.callback(shutil.rmtree, directory)
-        host = cleanup.enter_context(namespace("host"))
+        host = cleanup.enter_context(namespace("host", tasks.HOST_ADDRESS))
         guests = (Guest("one", host, 1, directory), Guest("two", host, 2, directory))
         host.call(tasks.set_up_network, [each.tap for each in guests])
         memory = directory / "plain"

@@ -74,8 +74,7 @@ class Guest(Machine):
     """One guest of the test bed; it can be booted, reset, paused, killed, and booted again."""
 
     def __init__(self, name: str, host: Machine, number: int, directory: Path) -> None:
-        super().__init__(name)
-        self.address = tasks.guest_address(number)
+        super().__init__(name, tasks.guest_address(number))
         self.tap = f"tap-{name}"
         self.pid = 0
         """Of its QEMU."""
@@ -86,6 +85,11 @@ class Guest(Machine):
         self._qmp: Qmp | None = None
         self._qemu: Job | None = None
         self._log = directory / f"{name}.log"
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has been booted and not been killed since."""
+        return self._qmp is not None
 
     @property
     def qmp(self) -> Qmp:
@@ -163,7 +167,7 @@ class Guest(Machine):
         """Wait until it has booted; give it its address."""
         try:
             self.wait_ready()
-            self.call(tasks.set_up_guest, self.address)
+            self.call(tasks.set_up_guest, self.address, [DOORBELL, PLAIN])
         except BaseException as error:
             error.add_note(f"{self._log}:\n{self._log.read_text()}")
             raise

@@ -79,8 +79,9 @@ class Job:
 class Machine:
     """Runs jobs through the agent at the other end of ``channel``."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, address: str) -> None:
         self.name = name
+        self.address = address
         self.jobs: dict[int, Job] = {}
         self._numbers = itertools.count(1)
         self._channel: socket.socket | None = None
@@ -125,6 +126,10 @@ class Machine:
         job = self.jobs[number] = Job(self, number)
         try:
             self.send(Kind.START, number, pickle.dumps((function, arguments)))
+        except MachineGoneError:
+            del self.jobs[number]
+            raise
+        try:
             yield job
         except BaseException:
             with contextlib.suppress(MachineGoneError):
@@ -160,7 +165,7 @@ def _plainly(_here: Here, function: Callable[..., Any], *arguments: object) -> A
 
 
 @contextlib.contextmanager
-def namespace(name: str) -> Iterator[Machine]:
+def namespace(name: str, address: str) -> Iterator[Machine]:
     """The host, with a network and a table of processes of its own.
 
     All that runs there ends with its agent, which ends with this process, however that ends;
@@ -177,7 +182,7 @@ def namespace(name: str) -> Iterator[Machine]:
         start_new_session=True,
     )
     theirs.close()
-    machine = Machine(name)
+    machine = Machine(name, address)
     try:
         machine.attach(ours)
         machine.wait_ready()

@@ -1,7 +1,11 @@
 """Both ends of the sessions between machines: what is said, and over what it went."""
 
+import contextlib
+import os
+import pathlib
 import random
 import socket
+import time
 from dataclasses import dataclass
 
 import ivsmc
@@ -10,6 +14,10 @@ from processes import Here
 
 LARGEST = 5000
 """Bytes of the largest ping."""
+TRIES = 30
+"""To connect over shared memory: two guests and the host share two processors."""
+WARM = 10
+"""Rounds that are not counted: an end that has only just begun may still be looked for."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,15 @@ class Path:
             return cls("socket", None, None)
         reason = stream.fallback_reason
         return cls(stream.transport, stream.stats()["device"], reason.name if reason else None)
+
+
+def connect(address: tuple[str, int], device: str) -> ivsmc.Session:
+    """Connect, over shared memory, however late an emulated listener takes its connections."""
+    for _ in range(TRIES):
+        with contextlib.suppress(ivsmc.SMCRequired):
+            return ivsmc.create_connection(address, device=device, require="smc")
+        time.sleep(1)  # connects are not tried again at once either (RECENTLY_NOT_MATCHED)
+    return ivsmc.create_connection(address, device=device, require="smc")
 
 
 def answer_pings(here: Here, program: str, device: str | None, pings: int) -> Path:
@@ -69,3 +86,62 @@ def ping(program: str, device: str | None, address: tuple[str, int], pings: int)
 def _sizes(pings: int) -> list[int]:
     sizes = random.Random(pings)
     return [sizes.randrange(1, LARGEST) for _ in range(pings)]
+
+
+@dataclass(frozen=True)
+class Wakes:
+    """How often an end was woken, and what for."""
+
+    path: Path
+    interrupts: int
+    """Of the guest's device, while the session was used; 0 in the host, which has none."""
+    stats: dict[str, int]
+
+
+def serve_rounds(here: Here, device: str, rounds: int, busy: bool) -> Wakes:
+    """Accept one session and play ``rounds`` of a byte there and back; say the port first."""
+    os.environ["IVSMC_SPIN_US"] = "0"
+    with ivsmc.create_server(("0.0.0.0", 0), device=device, require="smc") as listener:
+        here.send(listener.getsockname()[1])
+        session, _ = listener.accept()
+    with session:
+        return _play(session, rounds, busy, serve=True)
+
+
+def play_rounds(device: str, address: tuple[str, int], rounds: int, busy: bool) -> Wakes:
+    """Play with ``serve_rounds``; where ``busy``, neither end ever waits."""
+    os.environ["IVSMC_SPIN_US"] = "0"
+    with connect(address, device) as session:
+        return _play(session, rounds, busy, serve=False)
+
+
+def _play(session: ivsmc.Session, rounds: int, busy: bool, *, serve: bool) -> Wakes:
+    def receive() -> None:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                assert session.recv(1) == b"!"
+                return
+
+    session.setblocking(not busy)
+    interrupts = before = 0
+    for number in range(WARM + rounds):
+        if number == WARM:
+            before = _interrupts()
+        if serve:
+            receive()
+        session.send(b"!")
+        if not serve:
+            receive()
+    interrupts = _interrupts() - before
+    stats = {key: value for key, value in session.stats().items() if isinstance(value, int)}
+    session.setblocking(True)
+    session.shutdown(socket.SHUT_WR)
+    assert session.recv(1) == b""
+    return Wakes(Path.of(session), interrupts, stats)
+
+
+def _interrupts() -> int:
+    """Interrupts of this machine's devices that are bound to VFIO, so far."""
+    lines = pathlib.Path("/proc/interrupts").read_text().splitlines()
+    processors = len(lines[0].split())
+    return sum(sum(map(int, line.split()[1 : 1 + processors])) for line in lines if "vfio" in line)

@@ -1,10 +1,10 @@
 """What the machines of the test bed do: the host around the guests, and the guests."""
 
-import mmap
 import subprocess
 import threading
 from pathlib import Path
 
+import ivsmc.__main__
 from processes import Here
 
 BRIDGE = "ivsmc-test"
@@ -43,14 +43,16 @@ def set_up_network(taps: list[str]) -> None:
         run("ip", "link", "set", tap, "master", BRIDGE, "up")
 
 
-def set_up_guest(address: str) -> None:
-    """Give the guest its address, and have vfio-pci loaded."""
-    for module in ("virtio_net", "vfio-pci"):
-        run("modprobe", module)
+def set_up_guest(address: str, devices: list[str]) -> None:
+    """Give the guest its address, and its ivshmem devices to user space."""
+    run("modprobe", "virtio_net")
     run("udevadm", "settle")  # it may give the interface another name
     [interface] = [path.name for path in Path("/sys/class/net").iterdir() if path.name != "lo"]
     run("ip", "address", "add", f"{address}/24", "dev", interface)
     run("ip", "link", "set", interface, "up")
+    for device in devices:
+        status = ivsmc.__main__.main(["bind", device])
+        assert status == 0, f"ivsmc bind {device}: {status}"
 
 
 def run_server(here: Here, command: list[str]) -> int:
@@ -65,12 +67,3 @@ def run_server(here: Here, command: list[str]) -> int:
         server.terminate()
         reader.join()
     return server.returncode
-
-
-def ivposition(device: str) -> int:
-    """The id that the guest's ivshmem device has of its ivshmem server."""
-    registers = Path("/sys/bus/pci/devices", device, "resource0")
-    with registers.open("rb") as file, mmap.mmap(file.fileno(), 256, prot=mmap.PROT_READ) as view:
-        words = memoryview(view).cast("I")  # so it is read as the device wants it: 32 bits
-        with words:
-            return words[0x08 // 4]
