@@ -41,8 +41,9 @@ pub(super) const SIZE: u64 = REGISTERS + 4096;
 const WORD: u64 = 8;
 /// In the doorbell: nothing was stored.
 const IDLE: u64 = 0xffff_ffff << 32;
-/// The device's id.
-pub(crate) const IVPOSITION: u16 = 5;
+/// The device's id: that of processes that reach the region without a device, so that all are at home at
+/// one place and find each other there.
+pub(crate) const IVPOSITION: u16 = 0;
 /// A hang is a failure: long enough for a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
