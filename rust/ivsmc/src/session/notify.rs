@@ -77,29 +77,34 @@ impl Inner {
         if !is_there {
             self.departed();
         }
-        if link.outlet.as_ref().is_some_and(|outlet| !outlet.is_heard()) {
+        if !self.is_heard(link) {
             self.test(link);
         }
     }
 
+    /// Whether the peer has heard this end's doorbells.
+    pub(super) fn is_heard(&self, link: &Link) -> bool {
+        link.outlet.as_ref().is_some_and(Outlet::is_heard)
+    }
+
     /// Wakes the peer.
     pub(super) fn notify(&self, link: &Link) {
-        if !self.notify_by_doorbell(link) {
+        if !(self.is_heard(link) && self.notify_by_doorbell(link)) {
             if let Ok(conn) = self.conn() {
                 self.send_wake(link, &conn);
             }
         }
     }
 
-    /// As [`Inner::notify`], over a connection that the session no longer has.
-    pub(super) fn wake_peer(&self, link: &Link, conn: &Fd) {
-        if !self.notify_by_doorbell(link) {
+    /// As [`Inner::notify`], of a session that no longer has its connection and the peer's DMB.
+    pub(super) fn wake_peer(&self, link: &Link, conn: &Fd, heard: bool) {
+        if !(heard && self.notify_by_doorbell(link)) {
             self.send_wake(link, conn);
         }
     }
 
     fn notify_by_doorbell(&self, link: &Link) -> bool {
-        let sent = link.outlet.as_ref().is_some_and(|outlet| outlet.is_heard() && outlet.notify());
+        let sent = link.outlet.as_ref().is_some_and(Outlet::notify);
         if sent {
             link.doorbells_sent.fetch_add(1, Ordering::Relaxed);
         }

@@ -541,6 +541,8 @@ impl Inner {
         *lock(&link.traffic) =
             (tx.as_ref().map_or(0, |tx| tx.sent), rx.as_ref().map_or(0, |rx| rx.received));
         let mut wake = false;
+        // As long as the DMB that says so is the peer's for this session.
+        let heard = tx.is_some() && self.is_heard(link);
         if let Some(rx) = rx.as_mut() {
             rx.set_flags(if abort { READER_ABORTED } else { READER_CLOSED });
             wake |= rx.take_writer_wait();
@@ -551,7 +553,7 @@ impl Inner {
             wake |= tx.take_reader_wait();
         }
         if let (true, Some(conn)) = (wake, conn) {
-            self.wake_peer(link, conn);
+            self.wake_peer(link, conn, heard);
         }
         if let Some(&key) = link.key.get() {
             if let Some(reactor) = self.reactor() {
