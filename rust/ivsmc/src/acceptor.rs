@@ -40,8 +40,9 @@ use background::Background;
 /// that a thread that accepts in a loop pays nothing for it.
 const TAKE_OVER: Duration = Duration::from_millis(2);
 
-/// Slow clients that a process shakes hands with at most, where others accept from the same socket.
-const SLOW: usize = 16;
+/// Slow clients that a process shakes hands with at most, where others accept from the same socket:
+/// when they come to an end they wait for this process, and no other.
+const SLOW: usize = 3;
 
 /// Time between two looks whether there is room again.
 const FULL: Duration = Duration::from_millis(10);
