@@ -88,6 +88,13 @@ def test_who_may_use_it(guest: Guest, wish: Wish, expected: int) -> None:
     assert bind(guest, wish) == []
 
 
+@pytest.mark.parametrize("group", ["domain users", "a;reboot", "$x", "'", "-r", ""])
+def test_a_group_whose_name_means_something_to_a_shell(guest: Guest, group: str) -> None:
+    guest.add()
+    with pytest.raises(Refused, match="characters in its name"):
+        bind(guest, Wish(group=group, persist=True))
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to any group")
 def test_the_group_owns_the_node(guest: Guest) -> None:
     other = next(entry for entry in grp.getgrall() if entry.gr_gid != os.getgid())

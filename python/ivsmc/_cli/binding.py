@@ -5,6 +5,7 @@ by what is so now.
 """
 
 import grp
+import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -200,6 +201,12 @@ def _probe(machine: Machine, device: PciDevice) -> None:
 
 
 def _gid(group: str | None) -> int | None:
+    # It comes to stand in udev's rules, in a shell command among others.
+    if group is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", group):
+        raise Refused(
+            f"the group {group!r} has characters in its name that have a meaning in udev's rules; "
+            "make one for this: groupadd --system ivsmc"
+        )
     try:
         return None if group is None else grp.getgrnam(group).gr_gid
     except KeyError:
