@@ -188,6 +188,22 @@ def test_the_agent(guest: Guest) -> None:
         assert finding("agent", guest)[0] is OK
 
 
+def test_the_agent_of_one_of_two_devices(guest: Guest) -> None:
+    """Its socket is not taken for an ivshmem server's, and the other device has none."""
+    guest.add(driver="vfio-pci")
+    guest.add("0000:00:06.0", driver="vfio-pci")
+    path = f"/run/ivsmc/agent-{BDF}.sock"
+    guest.make(path)
+    guest.at(path).unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(guest.at(path)))
+        listener.listen()
+        assert findings("servers", guest) == []
+        without, answers = findings("agent", guest)
+        assert (without.verdict, without.cure) == (NOTE, "ivsmc agent 0000:00:06.0")
+        assert (answers.verdict, answers.text) == (OK, f"the agent answers at {path}")
+
+
 def test_qemu(guest: Guest) -> None:
     assert_worth_a_note("qemu", guest, "host", "no QEMU here", "apt-get install qemu-system-x86")
     guest.programs["qemu-kvm"] = {"--version": "QEMU emulator version 9.1.0", "-device": ""}

@@ -9,11 +9,15 @@ from ivsmc._cli import pci
 from ivsmc._cli.machine import Machine
 from ivsmc._cli.pci import PciDevice
 
-__all__ = ["Finding", "Scene", "Verdict", "note", "ok", "wrong"]
+__all__ = ["SERVERS", "Finding", "Scene", "Verdict", "is_agent", "note", "ok", "wrong"]
 
-AGENT = "/run/ivsmc/agent.sock"
 SERVERS = "/run/ivsmc"
-"""Where ivshmem servers of this machine put their sockets, ``*.sock``."""
+"""Where ivshmem servers and agents of this machine put their sockets, ``*.sock``."""
+
+
+def is_agent(name: str) -> bool:
+    """Whether a socket of this name is an agent's: of a VM's only device, or of one of them."""
+    return name == "agent.sock" or (name.startswith("agent-") and name.endswith(".sock"))
 
 
 class Verdict(enum.StrEnum):
@@ -71,9 +75,16 @@ class Scene:
         return pci.find(self.machine)
 
     @property
-    def has_agent(self) -> bool:
-        """Whether the agent owns the device of this VM."""
-        return self.machine.exists(AGENT)
+    def agents(self) -> list[str]:
+        """The sockets of agents."""
+        names = self.machine.names(SERVERS)
+        return sorted(f"{SERVERS}/{name}" for name in names if is_agent(name))
+
+    def agent_of(self, device: PciDevice) -> str | None:
+        """Return the socket of the agent that owns ``device``."""
+        own = f"{SERVERS}/agent-{device.address}.sock"
+        only = f"{SERVERS}/agent.sock"
+        return next((path for path in (own, only) if path in self.agents), None)
 
     def if_host(self, text: str, cure: str | None) -> Finding:
         """Return what is wrong for who wants to run VMs, and worth knowing for others."""

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterator
 
 from ivsmc._cli import pci
-from ivsmc._cli.checks.finding import AGENT, Finding, Scene, note, ok, wrong
+from ivsmc._cli.checks.finding import Finding, Scene, note, ok, wrong
 
 _BRIDGE = 0x0604
 
@@ -115,7 +115,7 @@ def access(scene: Scene) -> Iterator[Finding]:
         bound = device.driver == "vfio-pci"
         path = device.node if bound and device.node else f"{device.path}/resource2"
         container = "/dev/vfio/vfio"
-        if bound and scene.has_agent:
+        if bound and scene.agent_of(device):
             yield ok(f"{path} is the agent's")
         elif not machine.exists(path):
             yield wrong(f"there is no {path}", "in a container: give it /dev/vfio of the VM")
@@ -132,25 +132,30 @@ def access(scene: Scene) -> Iterator[Finding]:
 
 
 def agent(scene: Scene) -> Iterator[Finding]:
-    """Ask the agent, if there is one."""
-    if not scene.has_agent:
-        if any(device.driver == "vfio-pci" for device in scene.ivshmem):
+    """Ask the agents that there are."""
+    bound = [device for device in scene.ivshmem if device.driver == "vfio-pci"]
+    for device in bound:
+        if not scene.agent_of(device):
             yield note(
-                "no agent: one process at a time can use a device through VFIO", "ivsmc agent"
+                f"no agent: one process at a time can use {device.address} through VFIO",
+                "ivsmc agent" if len(bound) == 1 else f"ivsmc agent {device.address}",
             )
-        return
+    for path in scene.agents:
+        yield _answer(scene, path)
+
+
+def _answer(scene: Scene, path: str) -> Finding:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(2)
         try:
-            client.connect(str(scene.machine.at(AGENT)))
+            client.connect(str(scene.machine.at(path)))
         except PermissionError:
-            yield wrong(
-                f"this user may not use {AGENT}", "add the user to the group of that socket"
+            return wrong(
+                f"this user may not use {path}", "add the user to the group of that socket"
             )
         except OSError as error:
-            yield wrong(f"{AGENT} does not answer: {error.strerror or error}", "ivsmc agent")
-        else:
-            yield ok(f"the agent answers at {AGENT}")
+            return wrong(f"{path} does not answer: {error.strerror or error}", "ivsmc agent")
+    return ok(f"the agent answers at {path}")
 
 
 def _is_bridge(scene: Scene, address: str) -> bool:

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from ivsmc._cli.checks.finding import AGENT, SERVERS, Finding, Scene, note, ok, wrong
+from ivsmc._cli.checks.finding import SERVERS, Finding, Scene, is_agent, note, ok, wrong
 from ivsmc._cli.ivshmem import look
 from ivsmc._cli.machine import Refused
 
@@ -60,7 +60,7 @@ def servers(scene: Scene) -> Iterator[Finding]:
     found = {
         f"{SERVERS}/{name}"
         for name in scene.machine.names(SERVERS)
-        if name.endswith(".sock") and f"{SERVERS}/{name}" != AGENT
+        if name.endswith(".sock") and not is_agent(name)
     }
     for path in sorted(found | set(scene.sockets)):
         yield _server(scene, path)
