@@ -39,6 +39,7 @@ use ivsmc_shm::mapping::Mapping;
 use ivsmc_shm::net::Family;
 use ivsmc_shm::{file as files, fork, lock as locks, net};
 
+use crate::boot;
 use crate::device::{
     self, Backing, DeviceSpec, Doorbells, Kind, MemoryType, Opened, Probe, Unusable,
 };
@@ -294,21 +295,21 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
         move |error: std::io::Error| Unusable::device(format!("{what} cannot be read: {error}"))
     };
     // All that can fail comes before the claim.
-    let boot = files::boot_id().map_err(os("the boot id of this machine"))?;
+    let (boot, mask) = boot::here().map_err(os("the boot id of this machine"))?;
     let addresses = host_addresses().map_err(os("the addresses of this host"))?;
     let netns = netns_cookie().map_err(os("the network namespace"))?;
     let uuid = files::random_u128().map_err(os("a random number"))?;
     let probe = backing.is_guests().then(|| Probe::loads(mapping)).transpose()?;
     let region = Region::attach(Arc::clone(mapping), uuid)?;
     let memory_type = probe.map(|probe| probe.stores(mapping)).transpose()?;
-    let machine = files::machine_uuid().unwrap_or(0);
     let witness = Witness {
-        boot: Boot { id: boot, machine },
+        boot,
         ivposition: backing.guest_id(),
         is_exclusive: matches!(backing, Backing::Vfio(_)),
     };
-    let locks = lockable.then(|| lock_name(boot, backing, mapping));
-    let judge = Judge { witness, locks };
+    let is_on_own_file = lockable && !is_devices_file(backing, mapping);
+    let locks = if lockable { lock_name(boot.id, is_on_own_file, backing, mapping) } else { None };
+    let judge = Judge { witness, locks, is_on_own_file };
     let prover = match (backing, locks) {
         (Backing::Host(link), _) if has_marking_server(&region) => Prover::IvPosition(link.id()),
         (Backing::Vfio(device), _) => Prover::VfioExclusive(device.ivposition().into()),
@@ -330,20 +331,41 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
     region.set_slot_info(me, &info);
     // Of a guest the id of its device: machines that were started from one snapshot have the same
     // boot id. Processes of a host are at home at one place, whatever id each was given.
-    let identity = HostIdentity { boot, netns, ivposition: backing.guest_id().unwrap_or(0) };
-    let record = HostRecord::new(identity, &addresses).on_machine(machine);
+    let ivposition = backing.guest_id().unwrap_or(0);
+    let identity = HostIdentity { boot: boot.id, netns: netns ^ mask, ivposition };
+    let record = HostRecord::new(identity, &addresses).on_machine(boot.machine);
     region.write_host_record(me, &record);
     Ok(Claimed { region, me, judge, record, memory_type })
 }
 
 /// What stands in the claim words of those whose locks this process can see: the boot, in 32 bits.
-fn lock_name(boot: u128, backing: &Backing, mapping: &Mapping) -> u32 {
-    match backing {
+/// `None` if it does not know its boot and has the region as a device: other kernels have files for
+/// that as well, and who obtains a lock could not tell on whose it is.
+fn lock_name(
+    boot: u128,
+    is_on_own_file: bool,
+    backing: &Backing,
+    mapping: &Mapping,
+) -> Option<u32> {
+    if boot == 0 {
+        return is_on_own_file.then_some(reap::UNKNOWN_BOOT);
+    }
+    Some(match backing {
         // Each network namespace may have a sysfs of its own, with files of its own: a process that
         // has another one shares the memory and not the locks.
-        Backing::Pci(_) => reap::fold(boot) ^ reap::fold(mapping.file_identity().device.into()),
-        _ => reap::fold(boot),
-    }
+        Backing::Pci(_) => reap::lock_name(boot, mapping.file_identity().device),
+        _ => reap::lock_name(boot, 0),
+    })
+}
+
+/// Whether the region is mapped through a file that stands for a device, as each guest has its own,
+/// and not through the file that its memory is.
+fn is_devices_file(backing: &Backing, mapping: &Mapping) -> bool {
+    let is_sysfs = || {
+        let found = files::file_system(mapping.fd());
+        found.map_or(true, |found| found.name() == Some("sysfs"))
+    };
+    matches!(backing, Backing::Pci(_)) || is_sysfs()
 }
 
 /// Claims the first free slot; with a lock as prover, from before the claim.

@@ -10,6 +10,7 @@ mod acceptor;
 pub mod agent;
 mod attachment;
 mod bare;
+mod boot;
 mod connect;
 mod device;
 mod devices;

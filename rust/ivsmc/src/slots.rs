@@ -26,7 +26,7 @@ pub struct SlotReport {
     pub ivposition: Option<u16>,
     /// The vector it is notified on.
     pub vector: Option<u16>,
-    /// Whether it runs in this boot of this machine, if its owner has said.
+    /// Whether it runs in this boot of this machine, if both know their boot and its owner has said.
     pub is_same_boot: Option<bool>,
     /// Whether it runs on this machine, if both uuids are known.
     pub is_same_machine: Option<bool>,
@@ -60,7 +60,6 @@ pub(crate) fn report(attachment: &Attachment) -> Vec<SlotReport> {
         };
         let info = region.slot_info(at);
         let (boot, ours) = (region.boot_of(at), attachment.boot());
-        let known = |boot: &ivsmc_proto::host::Boot| boot.machine != 0 && ours.machine != 0;
         let record = region.host_record(index);
         let addresses = record.as_ref().map_or(&[][..], |record| record.addresses());
         Some(SlotReport {
@@ -72,8 +71,8 @@ pub(crate) fn report(attachment: &Attachment) -> Vec<SlotReport> {
             prover_id,
             ivposition: info.and_then(|info| info.ivposition),
             vector: info.and_then(|info| info.vector),
-            is_same_boot: boot.map(|boot| boot.id == ours.id),
-            is_same_machine: boot.filter(known).map(|boot| boot.machine == ours.machine),
+            is_same_boot: boot.and_then(|boot| boot.is_same(ours)),
+            is_same_machine: boot.and_then(|boot| boot.is_of_same_machine(ours)),
             addresses: addresses.iter().map(|ip| IpAddr::from(*ip)).collect(),
         })
     };

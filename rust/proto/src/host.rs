@@ -151,9 +151,10 @@ impl fmt::Display for Endpoint {
 /// Where a peer runs. Two peers reach each other over loopback only if theirs are equal.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct HostIdentity {
-    /// Id of the boot of its kernel.
+    /// Id of the boot of its kernel; 0 if it is not known: see [`Boot`].
     pub boot: u128,
-    /// Cookie of its network namespace.
+    /// Cookie of its network namespace. Where the boot is not known, mixed with a number of the
+    /// container's: cookies are small, and those of two machines are the same.
     pub netns: u64,
     /// Its ivposition: kernels restored from one snapshot have the same boot id.
     pub ivposition: u16,
@@ -162,11 +163,27 @@ pub struct HostIdentity {
 /// One boot of one machine: what ends, with all its processes, when the machine is reset.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Boot {
-    /// Id of the boot.
+    /// Id of the boot, as the kernel itself gives it. 0 is none and stands for one that is not
+    /// known, as in a container that shows an id of its own in the kernel's place: it agrees with
+    /// none and differs from none.
     pub id: u128,
     /// Uuid of the machine, the same for all its boots; 0 if it has none or the peer could not
     /// read it. No part of [`HostIdentity`]: of the processes of one machine only root's can.
     pub machine: u128,
+}
+
+impl Boot {
+    /// Whether `other` is the same boot, if both ids are known.
+    #[must_use]
+    pub fn is_same(self, other: Boot) -> Option<bool> {
+        (self.id != 0 && other.id != 0).then_some(self.id == other.id)
+    }
+
+    /// Whether `other` is of the same machine, if both uuids are known.
+    #[must_use]
+    pub fn is_of_same_machine(self, other: Boot) -> Option<bool> {
+        (self.machine != 0 && other.machine != 0).then_some(self.machine == other.machine)
+    }
 }
 
 /// Where a peer runs and its addresses.

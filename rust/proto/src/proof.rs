@@ -10,11 +10,19 @@
 //! | left | the ivshmem server that saw the connection of an id end | QEMU, or the process, has ended: its memory ends before its sockets |
 //! | exclusive | who opened the VFIO group anew, same boot, same id | the group is busy while a descriptor of its device, or a mapping of one, is anywhere: with an agent's clients, with forked children, in a message under way |
 //! | reset | who has the same id and another boot, where ids are given once | one machine, and it runs this boot |
-//! | machine | who has the same machine uuid and another boot | the same |
+//! | machine | who has the same machine uuid and another boot; if the prover is a lock, who holds that too | the same |
 //! | word | an operator | they say so |
 //!
 //! *Left* and *lock* are not here: the first is the ivshmem server's doing, the second needs system
 //! calls. [`Witness::proves`] is the rest.
+//!
+//! **Boots.** Another boot proves a death only if both ids are the kernel's own. A container manager
+//! may show an id of its own making to each container (LXC and systemd-nspawn do) while the machine's
+//! uuid is the real one: the same machine and seemingly another boot, and both run. A process that
+//! finds such an id says that it does not know its boot, nor its machine: it proves
+//! nothing by either, and nothing is proved of it by either. *Left*, *lock*, and *exclusive* where
+//! ids are given once remain. A lock whose owner does not know its boot is always on the region's own
+//! file, never on a device's in a guest: all who can lock that file see it.
 //!
 //! **Ids.** An id alone says little. An ivshmem server that is restarted may give an id to a second
 //! machine while the first, with the same one, lives on. Ours does not (`marker` says how), and
@@ -29,7 +37,10 @@
 //! **What breaks these proofs**, and must not be done: two machines with one uuid at the same time (as
 //! a snapshot started twice: libvirt refuses it); serving one file by an ivshmem server of ours and
 //! by one of another make, both with machines that still run; going back to a snapshot of a machine
-//! whose region others have used since (QEMU refuses to take one unless the device has `master=on`).
+//! whose region others have used since (QEMU refuses to take one unless the device has `master=on`);
+//! where ids are not given once, two devices of one machine with the same id on the same region (two
+//! ivshmem servers of another make on one file): who opens the group of one has not the other's; an
+//! emulated kernel that makes up a boot id, and says that it is in its own `/proc`, on the real uuid.
 
 use crate::host::Boot;
 use crate::memory::Memory;
@@ -50,31 +61,41 @@ pub struct Witness {
 impl Witness {
     /// Whether the owner of `at`, another than this process's own slot, with this prover, is dead.
     ///
-    /// True stays true: `at` never lives again.
+    /// True stays true: `at` never lives again. Never of a slot whose prover is a lock: see
+    /// [`Witness::proves_with_lock`].
     pub fn proves<M: Memory>(&self, region: &Region<M>, at: SlotRef, prover: Prover) -> bool {
+        if matches!(prover, Prover::Lock { .. }) {
+            return false;
+        }
         let theirs = region.boot_of(at);
-        let machines = theirs.map(|theirs| (theirs.machine, self.boot.machine));
-        let is_same_boot = theirs.is_some_and(|theirs| theirs.id == self.boot.id);
-        match machines {
-            // Neither is known to be another's.
-            None | Some((0, _) | (_, 0)) => {}
-            Some((theirs, ours)) if theirs == ours => {
-                if !is_same_boot {
-                    return true;
-                }
-            }
-            Some(_) => return false,
+        let is_same_boot = theirs.and_then(|theirs| theirs.is_same(self.boot));
+        match theirs.and_then(|theirs| theirs.is_of_same_machine(self.boot)) {
+            Some(true) if is_same_boot == Some(false) => return true,
+            Some(false) => return false,
+            _ => {}
         }
         let (Prover::VfioExclusive(id) | Prover::Agent(id)) = prover else { return false };
         let Some(ours) = self.ivposition.map(u32::from).filter(|ours| *ours == id) else {
             return false;
         };
         let is_given_once = ours < region.ids_given();
-        match theirs {
-            Some(_) if is_same_boot => self.is_exclusive,
-            Some(_) => is_given_once,
+        match is_same_boot {
+            Some(true) => self.is_exclusive,
+            Some(false) => is_given_once,
             None => is_given_once && self.is_exclusive,
         }
+    }
+
+    /// The same of a slot whose prover is a lock, for who could lock its byte and holds that lock
+    /// until the slot is reclaimed.
+    ///
+    /// The lock by itself says nothing about an owner elsewhere; but one that cannot be had is an
+    /// owner that lives, whatever the ids are.
+    pub fn proves_with_lock<M: Memory>(&self, region: &Region<M>, at: SlotRef) -> bool {
+        region.boot_of(at).is_some_and(|theirs| {
+            theirs.is_of_same_machine(self.boot) == Some(true)
+                && theirs.is_same(self.boot) == Some(false)
+        })
     }
 }
 
@@ -166,13 +187,8 @@ mod tests {
     fn a_machine_that_was_reset_proves_it_for_every_kind() {
         let region = region();
         let old = Boot { id: 100, machine: 5 };
-        let provers = [
-            Prover::Lock { boot: 77 },
-            Prover::IvPosition(3),
-            Prover::Agent(12),
-            Prover::VfioExclusive(12),
-            Prover::None,
-        ];
+        let provers =
+            [Prover::IvPosition(3), Prover::Agent(12), Prover::VfioExclusive(12), Prover::None];
         for prover in provers {
             let at = peer(&region, prover, Some(old));
             let by = |id, machine| {
@@ -191,6 +207,60 @@ mod tests {
             at,
             Prover::None
         ));
+    }
+
+    #[test]
+    fn of_a_locks_owner_the_machine_proves_it_to_who_holds_the_lock() {
+        let region = region();
+        let prover = Prover::Lock { boot: 77 };
+        let at = peer(&region, prover, Some(Boot { id: 100, machine: 5 }));
+        let unrecorded = peer(&region, prover, None);
+        for (id, machine, dead) in
+            [(101, 5, true), (100, 5, false), (101, 6, false), (101, 0, false)]
+        {
+            let witness = witness(Boot { id, machine }, 3, true);
+            assert!(!witness.proves(&region, at, prover), "without the lock");
+            assert_eq!(witness.proves_with_lock(&region, at), dead, "{id} {machine}");
+            assert!(!witness.proves_with_lock(&region, unrecorded));
+        }
+    }
+
+    #[test]
+    fn a_boot_that_is_not_known_is_neither_the_same_nor_another() {
+        let region = region();
+        let (known, unknown) = (Boot { id: 100, machine: 5 }, Boot { id: 0, machine: 0 });
+        // Nor if one of them says which machine it is on.
+        let half = Boot { id: 0, machine: 5 };
+        let pairs = [
+            (known, unknown),
+            (unknown, known),
+            (unknown, unknown),
+            (known, half),
+            (half, known),
+            (half, half),
+        ];
+        for (theirs, ours) in pairs {
+            let others = [Prover::IvPosition(3), Prover::None, Prover::Lock { boot: 0 }];
+            for prover in others {
+                let at = peer(&region, prover, Some(theirs));
+                let witness = witness(ours, 3, true);
+                assert!(!witness.proves(&region, at, prover), "{theirs:?} {ours:?} {prover:?}");
+                assert!(!witness.proves_with_lock(&region, at), "{theirs:?} {ours:?}");
+                region.reclaim(at);
+            }
+            // The id and the group, both: as of an owner without a record.
+            for kind in KINDS {
+                for (id, is_exclusive, dead) in
+                    [(3, true, true), (3, false, false), (12, true, false), (12, false, false)]
+                {
+                    let prover = kind(u32::from(id));
+                    let at = peer(&region, prover, Some(theirs));
+                    let witness = witness(ours, id, is_exclusive);
+                    assert_eq!(witness.proves(&region, at, prover), dead, "{id} {is_exclusive}");
+                    region.reclaim(at);
+                }
+            }
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-pub use limits::{boot_id, machine_uuid, memory_room};
+pub use limits::{boot_id, machine_uuid, memory_room, BootId};
 
 use crate::call;
 use crate::fd::Fd;

@@ -47,7 +47,6 @@ use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use ivsmc_proto::agent::{AgentMessage, Welcome};
-use ivsmc_proto::host::Boot;
 use ivsmc_proto::proof::Witness;
 use ivsmc_proto::region::Region;
 use ivsmc_proto::slot::SlotRef;
@@ -61,6 +60,7 @@ use self::client::{refuse, Client, Enclosed, Flushed, Letter, Newcomer, Said};
 use self::device::OwnedDevice;
 use self::region::Slots;
 use self::vectors::Vectors;
+use crate::boot;
 use crate::device::Kind;
 use crate::host::{Host, Timeout};
 use crate::reactor::lock;
@@ -168,11 +168,8 @@ impl Agent {
         let access = Access::of(socket.path())?;
         let region = Region::attach(mapping, file::random_u128()?)
             .map_err(|error| Error::region(name.clone(), error.to_string()))?;
-        let witness = Witness {
-            boot: Boot { id: file::boot_id()?, machine: file::machine_uuid().unwrap_or(0) },
-            ivposition: Some(device.ivposition()),
-            is_exclusive,
-        };
+        let (boot, _) = boot::here()?;
+        let witness = Witness { boot, ivposition: Some(device.ivposition()), is_exclusive };
         let slots = Slots::new(region, device.ivposition(), witness);
         let vectors = Vectors::new(&*device)
             .map_err(|error| Error::device(name.clone(), format!("vector 0: {error}")))?;

@@ -16,6 +16,8 @@ pub(super) struct Judge {
     /// What stands in the claim words of those whose locks it can see; `None` if the mapping has
     /// no open file description of its own, so that no lock on it proves anything.
     pub(super) locks: Option<u32>,
+    /// It locks the region's own file: there it sees those who do not know their boot too.
+    pub(super) is_on_own_file: bool,
 }
 
 impl Judge {
@@ -35,6 +37,13 @@ impl Judge {
             SlotState::Live { at, prover } if self.sees_lock_of(region, at, prover) => {
                 self.try_lock(region, at, prover)
             }
+            // Of a boot that is over, if what is shown as ids can be believed; an owner that lives has
+            // the lock.
+            SlotState::Live { at, prover: prover @ Prover::Lock { .. } } => {
+                self.locks.is_some()
+                    && self.witness.proves_with_lock(region, at)
+                    && self.try_lock(region, at, prover)
+            }
             SlotState::Live { at, prover } => {
                 self.witness.proves(region, at, prover) && region.reclaim(at).slot
             }
@@ -43,10 +52,14 @@ impl Judge {
 
     /// Whether the lock of `at` is on a file of this process's own kernel.
     fn sees_lock_of(&self, region: &Region<Arc<Mapping>>, at: SlotRef, prover: Prover) -> bool {
+        let Prover::Lock { boot } = prover else { return false };
+        let theirs = region.boot_of(at);
+        if boot == UNKNOWN_BOOT {
+            return self.is_on_own_file && theirs.is_none_or(|theirs| theirs.id == 0);
+        }
         // 32 bits of a boot id may be those of another one too.
-        let is_ours = || region.boot_of(at).is_none_or(|boot| boot.id == self.witness.boot.id);
-        matches!((prover, self.locks), (Prover::Lock { boot }, Some(ours)) if boot == ours)
-            && is_ours()
+        self.locks == Some(boot)
+            && theirs.is_none_or(|theirs| theirs.is_same(self.witness.boot) == Some(true))
     }
 
     fn try_lock(&self, region: &Region<Arc<Mapping>>, at: SlotRef, prover: Prover) -> bool {
@@ -69,10 +82,24 @@ impl Judge {
     }
 }
 
-/// A boot id in 32 bits: enough to tell two machines apart that share a region, as
-/// an attacker who wants a slot declared dead can write to it anyway.
-pub(super) fn fold(boot: u128) -> u32 {
-    boot.to_le_bytes()
+/// In the claim words of those who do not know their boot: their locks are on the region's own file.
+pub(super) const UNKNOWN_BOOT: u32 = 0;
+
+/// A boot, with what else tells apart those who see other locks, in 32 bits that are not
+/// [`UNKNOWN_BOOT`]: enough to tell two machines apart that share a region, as an attacker who wants
+/// a slot declared dead can write to it anyway.
+pub(super) fn lock_name(boot: u128, file_system: u64) -> u32 {
+    let name = fold(boot) ^ fold(file_system.into());
+    if name == UNKNOWN_BOOT {
+        u32::MAX
+    } else {
+        name
+    }
+}
+
+fn fold(number: u128) -> u32 {
+    number
+        .to_le_bytes()
         .chunks_exact(4)
         .fold(0, |sum, part| sum ^ u32::from_le_bytes([part[0], part[1], part[2], part[3]]))
 }

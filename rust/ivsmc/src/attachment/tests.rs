@@ -264,6 +264,88 @@ fn an_ivshmem_server_of_ours_says_that_a_client_was_killed() {
     });
 }
 
+/// Who is on the machine 5, on another boot of it than the records that it finds.
+fn after_a_reboot(locks: Option<u32>, is_on_own_file: bool) -> Judge {
+    let boot = Boot { id: 101, machine: 5 };
+    let witness = Witness { boot, ivposition: None, is_exclusive: false };
+    Judge { witness, locks, is_on_own_file }
+}
+
+/// Has the record of `owner` say that it is on this boot.
+fn say_boot(owner: &Attachment, boot: Boot) {
+    let identity = HostIdentity { boot: boot.id, netns: 1, ivposition: 0 };
+    let record = HostRecord::new(identity, &[]).on_machine(boot.machine);
+    owner.region().write_host_record(owner.me(), &record);
+}
+
+#[test]
+fn whoever_holds_its_lock_lives_whatever_its_boot_is() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 1 << 20);
+    let (here, owner) = (attach(&path), attach(&path));
+    say_boot(&owner, Boot { id: 100, machine: 5 });
+    let slot = owner.me();
+    let look = |judge: Judge| judge.look(here.region(), slot.index);
+    assert!(!look(after_a_reboot(Some(77), true)));
+    assert!(here.region().is_live(slot));
+    let byte = here.region().slot_claim_offset(slot.index);
+    locks::unlock_byte(owner.memory().fd(), byte).unwrap();
+    assert!(!look(after_a_reboot(None, false)), "who cannot lock");
+    // Another machine, or the same boot with other locks: what is obtained is not the owner's.
+    say_boot(&owner, Boot { id: 100, machine: 6 });
+    assert!(!look(after_a_reboot(Some(77), true)));
+    say_boot(&owner, Boot { id: 101, machine: 5 });
+    assert!(!look(after_a_reboot(Some(77), true)));
+    say_boot(&owner, Boot { id: 100, machine: 5 });
+    assert!(look(after_a_reboot(Some(77), true)));
+    assert!(!here.region().is_live(slot));
+    // Nobody holds it any longer.
+    assert!(locks::try_lock_byte(owner.memory().fd(), byte).unwrap());
+}
+
+#[test]
+fn who_does_not_know_its_boot_is_judged_by_its_lock_alone() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 1 << 20);
+    let (here, owner) = (attach(&path), attach(&path));
+    let region = here.region();
+    let byte = |at: SlotRef| region.slot_claim_offset(at.index);
+    let claim = || {
+        let index = region.unclaimed().next().unwrap();
+        let lock = region.slot_claim_offset(index);
+        assert!(locks::try_lock_byte(owner.memory().fd(), lock).unwrap());
+        region.claim_slot(index, Prover::Lock { boot: reap::UNKNOWN_BOOT }).unwrap()
+    };
+    let unknown = HostIdentity { boot: 0, netns: 9, ivposition: 0 };
+    for is_recorded in [false, true] {
+        let at = claim();
+        if is_recorded {
+            region.write_host_record(at, &HostRecord::new(unknown, &[]));
+        }
+        assert_eq!(here.reap(), 0);
+        locks::unlock_byte(owner.memory().fd(), byte(at)).unwrap();
+        // In a guest, the lock would be on another file.
+        assert!(!after_a_reboot(Some(77), false).look(region, at.index));
+        assert!(region.is_live(at));
+        assert_eq!(here.reap(), 1);
+        assert!(!region.is_live(at));
+    }
+    // One that says its boot is not of this kind, and its lock somewhere else.
+    let at = claim();
+    region.write_host_record(at, &HostRecord::new(HostIdentity { boot: 8, ..unknown }, &[]));
+    locks::unlock_byte(owner.memory().fd(), byte(at)).unwrap();
+    assert_eq!(here.reap(), 0);
+    region.reclaim(at);
+}
+
+#[test]
+fn the_name_of_a_lock_is_not_that_of_an_unknown_boot() {
+    for (boot, file_system) in [(1 << 32 | 1, 0), (5, 5)] {
+        assert_eq!(reap::lock_name(boot, file_system), u32::MAX);
+    }
+    assert_eq!(reap::lock_name(5, 0), 5);
+}
+
 #[test]
 fn addresses_are_published() {
     let scratch = Scratch::new();

@@ -16,7 +16,7 @@ use ivsmc_proto::intent::{IntentKey, IntentRef, IntentState};
 use ivsmc_proto::region::Region;
 use ivsmc_proto::slot::{Prover, SlotRef, SlotState};
 use ivsmc_shm::fd::Fd;
-use ivsmc_shm::file::{self, Access};
+use ivsmc_shm::file::{self, Access, BootId};
 use ivsmc_shm::mapping::Mapping;
 use ivsmc_shm::mem::with_uninit;
 use ivsmc_shm::net;
@@ -54,11 +54,12 @@ impl RegionFile {
                 _ => None,
             });
         let me = free.unwrap();
-        let identity = HostIdentity {
-            boot: file::boot_id().unwrap(),
-            netns: net::netns_cookie(net::tcp_socket(net::Family::V4).unwrap()).unwrap(),
-            ivposition: 0,
+        let (boot, mask) = match file::boot_id().unwrap() {
+            BootId::Kernels(id) => (id, 0),
+            BootId::Masked { mask } => (0, mask),
         };
+        let netns = net::netns_cookie(net::tcp_socket(net::Family::V4).unwrap()).unwrap();
+        let identity = HostIdentity { boot, netns: netns ^ mask, ivposition: 0 };
         region.write_host_record(me, &HostRecord::new(identity, &[]));
         Peer { region, me }
     }

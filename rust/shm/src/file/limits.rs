@@ -1,25 +1,100 @@
 //! Numbers that the kernel publishes as text: the boot id, the machine's uuid, the memory limit.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The identity of this boot of the kernel: equal in all processes and containers of one host.
+use super::file_system;
+
+/// The kernel's number for the file system of `/proc`.
+const PROC: u64 = 0x9fa0;
+/// The kernel's number for the file system of `/sys`.
+const SYSFS: u64 = 0x6265_6572;
+
+/// What says which boot of the kernel this is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum BootId {
+    /// The kernel's own word, never 0: equal in all processes of one boot, and in no other.
+    Kernels(u128),
+    /// Something is mounted over it, as container managers do: it says nothing about the kernel.
+    Masked {
+        /// Most likely equal in those processes only that see the same mask: those of one container.
+        mask: u64,
+    },
+}
+
+/// The identity of this boot of the kernel.
 ///
 /// # Errors
-/// If `/proc` is not mounted, or its text is no UUID.
-pub fn boot_id() -> io::Result<u128> {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    parse_uuid(text.trim())
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the boot id is not a UUID"))
+/// If it is masked by what is not readable as a UUID and there are no random numbers.
+pub fn boot_id() -> io::Result<BootId> {
+    boot_id_at(Path::new("/proc/sys/kernel/random/boot_id"))
+}
+
+fn boot_id_at(path: &Path) -> io::Result<BootId> {
+    let shown = Shown::read(path, PROC).ok();
+    let id = shown.as_ref().and_then(|shown| parse_uuid(shown.text.trim()));
+    match (shown, id) {
+        (Some(Shown { mask: None, .. }), Some(id)) if id != 0 => Ok(BootId::Kernels(id)),
+        (Some(Shown { mask: Some(mask), .. }), Some(id)) => {
+            Ok(BootId::Masked { mask: mask ^ fold(id) })
+        }
+        // Nothing is common to those who see this.
+        _ => Ok(BootId::Masked { mask: fold(super::random_u128()?) }),
+    }
+}
+
+#[allow(clippy::cast_possible_truncation)] // both halves are in it
+fn fold(id: u128) -> u64 {
+    (id >> 64) as u64 ^ id as u64
+}
+
+/// What stands at a path of the kernel's.
+struct Shown {
+    text: String,
+    /// Of what stands in the place of the kernel's file, something that another such file on another
+    /// machine does not have, even with the same text; `None` if it is the kernel's.
+    mask: Option<u64>,
+}
+
+impl Shown {
+    /// Reads what stands at `path`, which should be a file of the file system `magic`. A file of the same
+    /// one may be mounted over it too: then it is on another mount than its directory.
+    fn read(path: &Path, magic: u64) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        let directory = File::open(path.parent().unwrap_or(path))?;
+        let is_kernels = file_system(&file)?.magic == magic
+            && file_system(&directory)?.magic == magic
+            && mount_of(&file)? == mount_of(&directory)?;
+        let mask = if is_kernels {
+            None
+        } else {
+            let status = file.metadata()?;
+            #[allow(clippy::cast_sign_loss)] // any number does
+            let changed = (status.ctime() as u64).rotate_left(32) ^ status.ctime_nsec() as u64;
+            Some(changed ^ status.ino().rotate_left(48))
+        };
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        Ok(Self { text, mask })
+    }
+}
+
+/// The mount through which `file` was opened, as the kernel numbers them.
+fn mount_of(file: &File) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
+    let number = text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+    number.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no mnt_id in fdinfo"))
 }
 
 /// The uuid that the firmware gives this machine, real or virtual: the same after a reboot. `None`
-/// if it has none, or this process may not read it (root may).
+/// if it has none, this process may not read it (root may), or something is mounted over it.
 #[must_use]
 pub fn machine_uuid() -> Option<u128> {
-    let text = fs::read_to_string("/sys/class/dmi/id/product_uuid").ok()?;
-    parse_machine_uuid(&text)
+    let shown = Shown::read(Path::new("/sys/class/dmi/id/product_uuid"), SYSFS).ok()?;
+    shown.mask.is_none().then(|| parse_machine_uuid(&shown.text))?
 }
 
 /// All zeros and all ones stand for none (SMBIOS 7.2.1).
@@ -133,8 +208,31 @@ mod tests {
     #[test]
     fn boot_id_is_stable_and_not_zero() {
         let id = boot_id().unwrap();
-        assert_ne!(id, 0);
+        assert_ne!(id, BootId::Kernels(0));
         assert_eq!(id, boot_id().unwrap());
+    }
+
+    #[test]
+    fn what_is_not_the_kernels_file_is_no_boot_id() {
+        let root = std::env::temp_dir().join(format!("ivsmc-boot-{}", std::process::id()));
+        fs::create_dir_all(&root).unwrap();
+        let (one, two) = (root.join("one"), root.join("two"));
+        let text = "8d5ae5ef-2a1c-4a29-9f0b-a9b5d4a4a3c1\n";
+        for path in [&one, &two] {
+            fs::write(path, text).unwrap();
+        }
+        let masked = |path: &Path| match boot_id_at(path).unwrap() {
+            BootId::Masked { mask } => mask,
+            BootId::Kernels(id) => panic!("{id}"),
+        };
+        assert_eq!(masked(&one), masked(&one), "the same mask");
+        assert_ne!(masked(&one), masked(&two), "another file with the same text");
+        fs::write(&two, "no uuid").unwrap();
+        assert_ne!(masked(&two), masked(&two));
+        assert_ne!(masked(&root.join("none")), masked(&root.join("none")));
+        // The kernel's, and no boot id.
+        masked(Path::new("/proc/sys/kernel/ostype"));
+        fs::remove_dir_all(&root).unwrap();
     }
 
     #[test]
