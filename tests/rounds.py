@@ -85,10 +85,16 @@ def _send(end: Endpoint, size: int, script: Script) -> None:
         _let_pass(script.pauses[0])
 
 
+def _wakes(session: ivsmc.Session) -> int:
+    stats = session.stats()
+    wakes: int = stats["wakes_sent"] + stats["doorbells_sent"]
+    return wakes
+
+
 def serve(here: Here, device: str, seed: int, count: int) -> tuple[Counter[str], int]:
     """Accept ``count`` connections and play the server's part.
 
-    Return what they went over, and how many wakes were sent.
+    Return what they went over, and how often the other end was woken.
     """
     transports: Counter[str] = Counter()
     wakes = 0
@@ -104,7 +110,7 @@ def serve(here: Here, device: str, seed: int, count: int) -> tuple[Counter[str],
                 except Exception as error:
                     error.add_note(f"server of port {address[1]}, {session.transport}: {script}")
                     raise
-            wakes += session.stats()["wakes_sent"]
+            wakes += _wakes(session)
     return transports, wakes
 
 
@@ -123,5 +129,5 @@ def connect(
             except Exception as error:
                 error.add_note(f"client of {session!r}: {script}")
                 raise
-        wakes += session.stats()["wakes_sent"]
+        wakes += _wakes(session)
     return transports, wakes

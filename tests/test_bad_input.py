@@ -69,7 +69,9 @@ def refusal(use: Callable[[str], None], spec: str) -> str:
         ("file:", 'no path after "file:"'),
         ("host:", 'no path after "host:"'),
         ("local:/dev/shm", '"local" takes no path'),
-        ("vfio:0000:00:05.0", "this version has no vfio: devices"),
+        ("vfio:05", 'no PCI address after "vfio:"'),
+        ("pci:", 'no PCI address after "pci:"'),
+        ("agent:", 'no path after "agent:"'),
     ],
 )
 def test_a_spec_that_is_none(use: Callable[[str], None], spec: str, said: str) -> None:

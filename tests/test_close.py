@@ -27,7 +27,7 @@ ROUNDS = {"local": 10_000, "file": 1_000, "host": 1_000}
 def test_a_proper_close_never_looks_like_a_reset(
     device_specs: dict[str, str], kind: str, spin: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each wakes the other with a byte that often nobody reads before the close."""
+    """Each wakes the other; where there is no doorbell, by a byte that often nobody reads."""
     monkeypatch.setenv("IVSMC_SPIN_US", spin)
     device, count = device_specs[kind], ROUNDS[kind]
     with running(rounds.serve, device, 1, count) as server:

@@ -306,7 +306,9 @@ def test_a_fork_takes_nothing_from_who_sleeps(device: str) -> None:
         until_blocked(os.getpid(), inside[0])
         with forked(in_child) as child:
             assert child.result() != os.getpid()
+            # What the other end still sent for the question has come, and has been looked at.
             until_blocked(remote.process.pid)
+            until_blocked(os.getpid(), inside[0])
             before = session.stats()
             session.sendall(b"x")
             assert waiting.result(PATIENCE) == b"x"
