@@ -220,6 +220,9 @@ fn an_id_that_a_slot_names_is_not_given_out() {
     let status = served.server.status().unwrap();
     assert_eq!((status.uuid, status.held_ids), (uuid, vec![0]));
     assert_eq!(Client::join(served.server.path(), 1).id, 1);
+    while !served.server.status().unwrap().clients.is_empty() {
+        std::thread::yield_now();
+    }
     assert!(region.is_live(slot));
     // An operator says that the slot is dead. Its machine may live all the same, and claim another.
     assert!(region.mark_dead(slot));
