@@ -67,7 +67,8 @@ def test_a_sleeper_is_woken_by_doorbell_alone(device: str) -> None:
         (theirs,), opened = remote.receive()
         # The first answer may have come before this end had heard a doorbell.
         assert theirs["wakes_sent"] <= 1
-        assert theirs["wakes_received"] == 0
+        # The end of the connection may have come before the doorbell that said so.
+        assert theirs["wakes_received"] <= 1
         assert theirs["doorbells_received"] >= ROUNDS
         assert opened["doorbells_lost"] == 0
 
