@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ivsmc
+from blocked import until_blocked
 from endpoints import LOOPBACK, receive_exactly
 from processes import Here, Remote, running
 
@@ -86,6 +87,19 @@ def grown(session: ivsmc.Session, before: dict[str, Any]) -> dict[str, int]:
     after = session.stats()
     names = ("wakes_sent", "wakes_received", "doorbells_sent", "doorbells_received")
     return {name: after[name] - before[name] for name in names}
+
+
+def warm_up(remote: Remote, session: ivsmc.Session) -> None:
+    """Ask until the answer comes by doorbell, and nothing sent over TCP before is under way."""
+    for _ in range(100):
+        before = session.stats()
+        until_blocked(remote.process.pid)
+        ask(session, b"warm")
+        until_blocked(remote.process.pid)
+        ways = grown(session, before)
+        if ways["doorbells_received"] and not ways["wakes_sent"] + ways["wakes_received"]:
+            return
+    raise AssertionError(ways)
 
 
 def eventfds(pid: int) -> dict[int, list[int]]:

@@ -27,6 +27,7 @@ from doorbells import (
     holding_connections_of,
     losing_doorbells_to,
     say_when_told,
+    warm_up,
 )
 from endpoints import LOOPBACK, receive_exactly, session_pair
 from forking import forked, ignore_threads
@@ -54,8 +55,7 @@ def device(request: pytest.FixtureRequest, directory: Path) -> Iterator[str]:
 
 def test_a_sleeper_is_woken_by_doorbell_alone(device: str) -> None:
     with answered(device) as (remote, (session,)):
-        until_blocked(remote.process.pid)  # it has drained the test doorbell
-        ask(session, b"warm")
+        warm_up(remote, session)
         before = session.stats()
         for _ in range(ROUNDS):
             until_blocked(remote.process.pid)
@@ -65,8 +65,8 @@ def test_a_sleeper_is_woken_by_doorbell_alone(device: str) -> None:
         assert ours["doorbells_sent"] == ROUNDS
         session.close()
         (theirs,), opened = remote.receive()
-        # The first answer may have come before this end had heard a doorbell.
-        assert theirs["wakes_sent"] <= 1
+        # The first answers may have come before this end had heard a doorbell.
+        assert theirs["wakes_sent"] < ROUNDS / 3
         # The end of the connection may have come before the doorbell that said so.
         assert theirs["wakes_received"] <= 1
         assert theirs["doorbells_received"] >= ROUNDS
