@@ -38,7 +38,7 @@ use crate::{Error, Result};
 const MATCH_WAIT: Duration = Duration::from_millis(250);
 
 /// Source ports tried before shared memory is given up.
-const PORTS_TRIED: usize = 8;
+const PORTS_TRIED: usize = 32;
 
 /// The first and the longest time between two looks at the intent.
 const LOOKS: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(2));
