@@ -202,15 +202,19 @@ impl Sleeper {
                 // An eventfd of our own does not fail.
                 let _ = bell.drain();
             }
+            // Also where the connection has something: what came with it is not to be found late.
+            let concerned = doorbell.is_some_and(|(seat, _)| {
+                if fds[2].revents() != 0 {
+                    seat.drain()
+                } else {
+                    found == 0 && seat.look()
+                }
+            });
             if fds[0].revents() != 0 {
                 return Ok(Woken::Connection);
             }
-            if let Some((seat, _)) = doorbell {
-                let concerned =
-                    if fds[2].revents() != 0 { seat.drain() } else { found == 0 && seat.look() };
-                if concerned {
-                    return Ok(Woken::Doorbell);
-                }
+            if concerned {
+                return Ok(Woken::Doorbell);
             }
             if let Some(end) = end {
                 let rest = end.saturating_duration_since(Instant::now());
