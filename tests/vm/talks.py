@@ -98,24 +98,29 @@ class Wakes:
     stats: dict[str, int]
 
 
-def serve_rounds(here: Here, device: str, rounds: int, busy: bool) -> Wakes:
-    """Accept one session and play ``rounds`` of a byte there and back; say the port first."""
+def serve_rounds(here: Here, device: str, rounds: int, busy: bool, pause: float) -> Wakes:
+    """Accept one session and play ``rounds`` of a byte there and back; say the port first.
+
+    Each byte is sent ``pause`` seconds after it could be.
+    """
     os.environ["IVSMC_SPIN_US"] = "0"
     with ivsmc.create_server(("0.0.0.0", 0), device=device, require="smc") as listener:
         here.send(listener.getsockname()[1])
         session, _ = listener.accept()
     with session:
-        return _play(session, rounds, busy, serve=True)
+        return _play(session, rounds, busy, pause, serve=True)
 
 
-def play_rounds(device: str, address: tuple[str, int], rounds: int, busy: bool) -> Wakes:
+def play_rounds(
+    device: str, address: tuple[str, int], rounds: int, busy: bool, pause: float
+) -> Wakes:
     """Play with ``serve_rounds``; where ``busy``, neither end ever waits."""
     os.environ["IVSMC_SPIN_US"] = "0"
     with connect(address, device) as session:
-        return _play(session, rounds, busy, serve=False)
+        return _play(session, rounds, busy, pause, serve=False)
 
 
-def _play(session: ivsmc.Session, rounds: int, busy: bool, *, serve: bool) -> Wakes:
+def _play(session: ivsmc.Session, rounds: int, busy: bool, pause: float, *, serve: bool) -> Wakes:
     def receive() -> None:
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -129,6 +134,8 @@ def _play(session: ivsmc.Session, rounds: int, busy: bool, *, serve: bool) -> Wa
             before = _interrupts()
         if serve:
             receive()
+        if pause:
+            time.sleep(pause)
         session.send(b"!")
         if not serve:
             receive()
