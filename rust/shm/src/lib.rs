@@ -22,6 +22,7 @@
 #[cfg(not(all(target_os = "linux", target_endian = "little", target_pointer_width = "64")))]
 compile_error!("ivsmc needs 64-bit little-endian Linux: region words are little-endian u64");
 
+mod aio;
 mod call;
 mod copy;
 mod pages;

@@ -7,8 +7,8 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
-use crate::call;
 use crate::fd::Fd;
+use crate::{aio, call};
 
 /// There is something to read, or the stream has ended.
 pub const IN: u32 = 0x001;
@@ -222,6 +222,9 @@ impl EventFd {
 
     /// Adds 1, which wakes who waits. A counter that is full already wakes as well: no error.
     ///
+    /// For an eventfd that nobody else has: it waits if somebody has cleared `O_NONBLOCK` and filled
+    /// the counter.
+    ///
     /// # Errors
     /// Those of `write`.
     pub fn notify(&self) -> io::Result<()> {
@@ -234,12 +237,67 @@ impl EventFd {
         }
     }
 
-    /// Takes the count and sets it to 0; 0 if it was.
+    /// As [`EventFd::notify`], for an eventfd that others have, too, who may mean ill: it never waits,
+    /// whatever they do to the counter and to `O_NONBLOCK` (`aio.rs`).
+    ///
+    /// Where the kernel or a filter of system calls allows no asynchronous requests it sets
+    /// `O_NONBLOCK` and looks for room just before it writes. Then only who clears the flag and fills the
+    /// counter in the moment between makes it wait.
     ///
     /// # Errors
-    /// Those of `read`.
+    /// Those of `io_submit` or `write`.
+    pub fn notify_shared(&self) -> io::Result<()> {
+        match aio::signal(self.0.as_fd()) {
+            Ok(()) => Ok(()),
+            Err(_) => self.notify_narrowly(),
+        }
+    }
+
+    fn notify_narrowly(&self) -> io::Result<()> {
+        crate::net::set_nonblocking(&self.0, true)?;
+        let mut room = [PollFd::new(self, OUT)];
+        if poll(&mut room, Some(Duration::ZERO))? == 0 || room[0].revents() & OUT == 0 {
+            // Full, or as good as: that wakes as well.
+            return Ok(());
+        }
+        self.notify()
+    }
+
+    /// Takes the count and sets it to 0; 0 if it was. It never waits, also where another who has the
+    /// eventfd has cleared `O_NONBLOCK`.
+    ///
+    /// # Errors
+    /// Those of `preadv2`.
     pub fn drain(&self) -> io::Result<u64> {
         let mut count = [0_u8; 8];
+        let part = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
+        // SAFETY: preadv2 writes at most 8 bytes into a local array; -1: the file has no offset.
+        let read =
+            unsafe { libc::preadv2(self.0.as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
+        match call::check_count(read) {
+            Ok(_) => Ok(u64::from_ne_bytes(count)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            // Linux before 5.8 knows no such reads of an eventfd, some filters not the call.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EPERM)
+                ) =>
+            {
+                self.drain_narrowly()
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// As [`EventFd::drain`]; waits if another drains it, too, and clears `O_NONBLOCK`, in the moment
+    /// between the look and the read.
+    fn drain_narrowly(&self) -> io::Result<u64> {
+        crate::net::set_nonblocking(&self.0, true)?;
+        let mut count = [0_u8; 8];
+        if poll(&mut [PollFd::new(self, IN)], Some(Duration::ZERO))? == 0 {
+            return Ok(0);
+        }
         // SAFETY: read writes at most 8 bytes into a local array.
         let read =
             unsafe { libc::read(self.0.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
@@ -248,6 +306,15 @@ impl EventFd {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
             Err(error) => Err(error),
         }
+    }
+
+    /// Has it count from 0, and makes it non-blocking again, before it is given to another.
+    ///
+    /// # Errors
+    /// Those of [`EventFd::drain`] and `fcntl`.
+    pub fn renew(&self) -> io::Result<()> {
+        crate::net::set_nonblocking(&self.0, true)?;
+        self.drain().map(drop)
     }
 
     /// Gives the descriptor up, for instance to send it to somebody.
@@ -330,5 +397,55 @@ mod tests {
         unsafe { libc::write(event.as_fd().as_raw_fd(), full.as_ptr().cast(), 8) };
         event.notify().unwrap();
         assert_eq!(event.drain().unwrap(), u64::MAX - 1);
+    }
+
+    /// Clears `O_NONBLOCK` and fills the counter, as somebody who means ill.
+    fn spoil(event: &EventFd) {
+        net::set_nonblocking(event, false).unwrap();
+        let full = (u64::MAX - 1).to_ne_bytes();
+        // SAFETY: write reads 8 bytes of a local array.
+        let written =
+            unsafe { libc::write(event.as_fd().as_raw_fd(), full.as_ptr().cast(), full.len()) };
+        assert_eq!(written, 8);
+    }
+
+    #[test]
+    fn whoever_shares_an_eventfd_cannot_make_it_wait() {
+        for notify in [EventFd::notify_shared, EventFd::notify_narrowly] {
+            for drain in [EventFd::drain, EventFd::drain_narrowly] {
+                let event = EventFd::new().unwrap();
+                spoil(&event);
+                notify(&event).unwrap();
+                notify(&event).unwrap();
+                assert!(drain(&event).unwrap() >= u64::MAX - 1);
+                net::set_nonblocking(&event, false).unwrap();
+                assert_eq!(drain(&event).unwrap(), 0);
+                notify(&event).unwrap();
+                notify(&event).unwrap();
+                assert_eq!(drain(&event).unwrap(), 2);
+            }
+        }
+    }
+
+    #[test]
+    fn shared_notifications_come_from_any_number_of_threads() {
+        // More than the ring of requests holds, so that it is emptied on the way.
+        const EACH: u64 = 20_000;
+        let event = EventFd::new().unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..EACH).for_each(|_| event.notify_shared().unwrap()));
+            }
+        });
+        assert_eq!(event.drain().unwrap(), 4 * EACH);
+    }
+
+    #[test]
+    fn asynchronous_requests_count_up_only_eventfds() {
+        let event = EventFd::new().unwrap();
+        aio::signal(event.as_fd()).unwrap();
+        assert_eq!(event.drain().unwrap(), 1);
+        let (one, _two) = net::socketpair_stream().unwrap();
+        assert_eq!(aio::signal(one.as_fd()).unwrap_err().raw_os_error(), Some(libc::EINVAL));
     }
 }

@@ -93,14 +93,14 @@ impl Vectors {
     /// Has every client look whether its peers still live.
     pub(super) fn notify_departures(&self) {
         for given in self.given.values() {
-            // Refused only when 2^64 - 1 notifications are pending.
-            let _ = given.departures.as_ref().unwrap_or(&given.doorbell).notify();
+            // Clients have it, too, and one may mean ill: never waits.
+            let _ = given.departures.as_ref().unwrap_or(&given.doorbell).notify_shared();
         }
     }
 
     fn notify_all_on(&self, vector: u16) {
         for given in self.given.values().filter(|given| given.vector == vector) {
-            let _ = given.doorbell.notify();
+            let _ = given.doorbell.notify_shared();
         }
     }
 

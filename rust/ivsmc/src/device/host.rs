@@ -214,14 +214,17 @@ impl Doorbells for Link {
 
     fn notify(&self, ivposition: u16, vector: u16) -> bool {
         if ivposition == self.id {
-            return self.own.get(usize::from(vector)).is_some_and(|own| own.notify().is_ok());
+            return self
+                .own
+                .get(usize::from(vector))
+                .is_some_and(|own| own.notify_shared().is_ok());
         }
         // The lock is for the look-up alone: others notify, too, and the ivshmem server is listened to.
         let eventfd = {
             let peers = lock(&self.peers);
             peers.get(&ivposition).and_then(|them| them.get(usize::from(vector))).cloned()
         };
-        eventfd.is_some_and(|eventfd| eventfd.notify().is_ok())
+        eventfd.is_some_and(|eventfd| eventfd.notify_shared().is_ok())
     }
 }
 

@@ -15,7 +15,8 @@ use ivsmc_shm::poll::EventFd;
 
 use super::outbox::Outbox;
 
-/// The eventfds of every client, by id: one for each vector, to receive on and to send on.
+/// The eventfds of every id that was given out, whether or not somebody has it now: one for each
+/// vector, to receive on and to send on.
 pub(super) type EventFds = BTreeMap<u16, Vec<EventFd>>;
 
 /// A socket's account of unread messages below this is none at all: an unread message counts with
@@ -32,8 +33,6 @@ pub(super) struct Client {
     pub(super) outbox: Outbox,
     /// Tells this client apart from others that had its id before.
     pub(super) serial: u64,
-    /// Clients with a lower serial have not heard of this one and never will (`ids.rs`).
-    pub(super) heard_from: u64,
 }
 
 /// How far sending got.
@@ -59,13 +58,11 @@ impl Client {
                 Descriptor::None => None,
                 Descriptor::Region => Some(region),
                 Descriptor::Vector { peer, vector } => {
-                    let eventfd = eventfds.get(&peer).and_then(|all| all.get(usize::from(vector)));
-                    let Some(eventfd) = eventfd else {
-                        // Whoever has no eventfds has left.
-                        self.outbox.left(peer);
-                        continue;
-                    };
-                    Some(eventfd.as_fd())
+                    // There is one: an id that was given out once keeps them.
+                    eventfds
+                        .get(&peer)
+                        .and_then(|all| all.get(usize::from(vector)))
+                        .map(EventFd::as_fd)
                 }
             };
             match net::send_with_fd(&self.socket, &message.to_bytes(), descriptor) {

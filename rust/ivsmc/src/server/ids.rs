@@ -1,13 +1,16 @@
 //! Which id a newcomer gets.
 //!
-//! QEMU's device frees its record of a peer that leaves, and writes into the freed memory when the
-//! same id joins again (`hw/misc/ivshmem-pci.c`, `close_peer_eventfds` and `process_msg_connect`;
-//! 7.2 and all later ones known). So a client that has heard that an id left must never hear of
-//! that id again. An id *rests* while such a client is there: the others are given out first, and
-//! when all rest, the clients that heard of the one before do not hear of its new holder. They
-//! wake it over TCP.
+//! **An id has the same eventfds for ever**, whoever holds it, and no client is told that it left.
+//! QEMU's device frees its record of a peer that leaves, and writes into the freed memory when the same
+//! id joins again (`hw/misc/ivshmem-pci.c`, `close_peer_eventfds` and `process_msg_connect`; 7.2 and
+//! all later ones known): guests die of it. So a client hears of an id once, and what it then has
+//! leads to the next holder as well. That the one before is gone clients see in the region; a doorbell
+//! that still comes for it wakes the next one for nothing.
+//!
+//! So ids are not used up either, however many clients come and go beside one that stays: there are as
+//! many as there were clients at once.
 
-/// In what order ids are given out, of those that do not rest.
+/// In what order ids are given out.
 ///
 /// In either order an id is given out again only after everything its last holder left in the
 /// region has been marked dead, and never if the ivshmem server ended before that one did.
@@ -16,52 +19,47 @@ pub enum IdOrder {
     /// The lowest id that is free.
     #[default]
     Lowest,
-    /// The one after the last given out, from 0 again after 65535.
+    /// The one after the last given out, from the first again after 64: each id keeps its eventfds.
+    /// With more clients than that: the lowest of the others that is free.
     Rolling,
 }
+
+/// Ids that [`IdOrder::Rolling`] goes round.
+const ROUND: u32 = 64;
+/// Ids there are.
+const ALL: u32 = 1 << 16;
 
 /// Hands out ids, 0..=65535.
 #[derive(Debug)]
 pub(super) struct Ids {
     order: IdOrder,
-    /// Where [`IdOrder::Rolling`] goes on.
-    next: u16,
-    /// By id: clients with a lower serial have heard that it left.
-    heard: Vec<u64>,
+    /// The lowest that may be given out, 0..=65536.
+    first: u32,
+    /// Where [`IdOrder::Rolling`] goes on, `first..=first + ROUND`.
+    next: u32,
 }
 
 impl Ids {
-    pub(super) fn new(order: IdOrder) -> Self {
-        Self { order, next: 0, heard: vec![0; 1 << 16] }
+    /// Those from `first` on.
+    pub(super) fn new(order: IdOrder, first: u32) -> Self {
+        Self { order, first, next: first }
     }
 
-    /// An id that `is_free`, if there is one, and the serial from which on clients may hear of it.
-    /// `oldest` is the lowest serial of the clients that are there.
-    pub(super) fn take(
-        &mut self,
-        oldest: Option<u64>,
-        is_free: impl Fn(u16) -> bool,
-    ) -> Option<(u16, u64)> {
-        let first = match self.order {
-            IdOrder::Lowest => 0,
-            IdOrder::Rolling => self.next,
+    /// An id that `is_free`, if there is one.
+    pub(super) fn take(&mut self, is_free: impl Fn(u16) -> bool) -> Option<u16> {
+        let round = match self.order {
+            IdOrder::Lowest => self.first,
+            IdOrder::Rolling => (self.first + ROUND).min(ALL),
         };
-        let heard = &self.heard;
-        let rests = |id: u16| oldest.is_some_and(|oldest| oldest < heard[usize::from(id)]);
-        let ids = (0..=u16::MAX).map(|step| first.wrapping_add(step));
-        let mut free = ids.filter(|&id| is_free(id));
-        let lowest = free.clone().next()?;
-        let (id, heard_from) = match free.find(|&id| !rests(id)) {
-            Some(id) => (id, 0),
-            None => (lowest, heard[usize::from(lowest)]),
-        };
-        self.next = id.wrapping_add(1);
-        Some((id, heard_from))
-    }
-
-    /// The holder of `id` has left, heard by all clients there, whose serials are below `next`.
-    pub(super) fn left(&mut self, id: u16, next: u64) {
-        self.heard[usize::from(id)] = next;
+        let id = (self.next..round)
+            .chain(self.first..round)
+            .chain(round..ALL)
+            .filter_map(|id| u16::try_from(id).ok())
+            .find(|&id| is_free(id))?;
+        if u32::from(id) < round {
+            self.next = u32::from(id) + 1;
+        }
+        Some(id)
     }
 }
 
@@ -69,48 +67,41 @@ impl Ids {
 mod tests {
     use super::*;
 
-    /// What is taken, of ids that nobody has heard leave.
-    fn taken(ids: &mut Ids, is_free: impl Fn(u16) -> bool) -> Option<u16> {
-        let (id, heard_from) = ids.take(None, is_free)?;
-        assert_eq!(heard_from, 0);
-        Some(id)
-    }
-
     #[test]
     fn lowest_fills_gaps() {
-        let mut ids = Ids::new(IdOrder::Lowest);
-        assert_eq!(taken(&mut ids, |_| true), Some(0));
-        assert_eq!(taken(&mut ids, |id| id != 0), Some(1));
-        assert_eq!(taken(&mut ids, |_| true), Some(0));
-        assert_eq!(taken(&mut ids, |id| id == 65_535), Some(65_535));
-        assert_eq!(taken(&mut ids, |_| false), None);
+        let mut ids = Ids::new(IdOrder::Lowest, 0);
+        assert_eq!(ids.take(|_| true), Some(0));
+        assert_eq!(ids.take(|id| id != 0), Some(1));
+        assert_eq!(ids.take(|_| true), Some(0));
+        assert_eq!(ids.take(|id| id == 65_535), Some(65_535));
+        assert_eq!(ids.take(|_| false), None);
     }
 
     #[test]
     fn rolling_goes_round() {
-        let mut ids = Ids::new(IdOrder::Rolling);
-        assert_eq!(taken(&mut ids, |_| true), Some(0));
-        assert_eq!(taken(&mut ids, |_| true), Some(1));
-        assert_eq!(taken(&mut ids, |id| id > 4), Some(5));
-        assert_eq!(taken(&mut ids, |id| id == 65_535), Some(65_535));
-        assert_eq!(taken(&mut ids, |id| id != 0), Some(1));
-        assert_eq!(taken(&mut ids, |_| false), None);
+        let mut ids = Ids::new(IdOrder::Rolling, 0);
+        assert_eq!(ids.take(|_| true), Some(0));
+        assert_eq!(ids.take(|_| true), Some(1));
+        assert_eq!(ids.take(|id| id > 4), Some(5));
+        assert_eq!(ids.take(|id| id > 62), Some(63));
+        assert_eq!(ids.take(|id| id != 0), Some(1));
+        // Beyond the round it stays where it is.
+        assert_eq!(ids.take(|id| id > 63), Some(64));
+        assert_eq!(ids.take(|id| id == 65_535), Some(65_535));
+        assert_eq!(ids.take(|_| true), Some(2));
+        assert_eq!(ids.take(|_| false), None);
     }
 
     #[test]
-    fn an_id_rests_while_somebody_is_there_who_heard_it_leave() {
-        let mut ids = Ids::new(IdOrder::Lowest);
-        // The client with the serial 1 stays, 2 and 3 had the ids 4 and 5.
-        ids.left(4, 3);
-        ids.left(5, 4);
-        assert_eq!(ids.take(Some(1), |id| id > 3), Some((6, 0)));
-        // There is no other: only who came after its last holder left may hear of it.
-        assert_eq!(ids.take(Some(1), |id| id == 4), Some((4, 3)));
-        assert_eq!(ids.take(Some(1), |id| id == 5), Some((5, 4)));
-        // The oldest that is left came when 4 had left and 5 had not.
-        assert_eq!(ids.take(Some(3), |id| id > 3), Some((4, 0)));
-        assert_eq!(ids.take(Some(3), |id| id == 5), Some((5, 4)));
-        // Nobody is left who could have heard anything.
-        assert_eq!(ids.take(None, |id| id == 5), Some((5, 0)));
+    fn those_of_former_servers_are_never_given() {
+        for order in [IdOrder::Lowest, IdOrder::Rolling] {
+            for first in [7, ALL - 3] {
+                let mut ids = Ids::new(order, first);
+                for _ in 0..200 {
+                    assert!(u32::from(ids.take(|_| true).unwrap()) >= first);
+                }
+            }
+            assert_eq!(Ids::new(order, ALL).take(|_| true), None);
+        }
     }
 }

@@ -5,6 +5,9 @@
 //! (`ivsmc_proto::marker`); while it is, slots may name their ivposition as prover. So that an id
 //! means one client only, also when ivshmem servers follow each other on one file, it says there as
 //! well which ids it has given out.
+//!
+//! The clients of a server that ended live on, and nobody sees their end. But once nobody on this host
+//! has the file open or mapped any more, none of them is left: then the next server begins anew.
 
 use std::io;
 use std::num::NonZeroU64;
@@ -53,7 +56,7 @@ pub(super) struct Memory {
 
 impl Memory {
     pub(super) fn new(backing: &Backing) -> Result<Self> {
-        let (shared, size, name) = match backing {
+        let (own, size, name) = match backing {
             Backing::Memfd { size } => (memfd(*size)?, *size, "memory".to_owned()),
             Backing::File { path, size } => {
                 let (fd, size) = open_or_make(path, *size)?;
@@ -61,7 +64,6 @@ impl Memory {
             }
         };
         let refuse = |what: &str, error: io::Error| refusal(&name, format!("{what}: {error}"));
-        let own = reopen(&shared).map_err(|error| refuse("cannot open it again", error))?;
         let mapping = Mapping::map(own, size).map_err(|error| refuse("cannot map it", error))?;
         let uuid = file::random_u128().map_err(|error| refuse("no random numbers", error))?;
         let region = Region::attach(mapping, uuid)
@@ -81,14 +83,19 @@ impl Memory {
         let random = file::random_u128().map_err(|error| refuse("no random numbers", error))?;
         #[allow(clippy::cast_possible_truncation)] // any 64 of the random bits do
         let instance = NonZeroU64::new(random as u64).unwrap_or(NonZeroU64::MAX);
+        // Under the lock, and while this is the only open file there can be.
+        if lock::is_only_open_file(region.memory().fd()).unwrap_or(false) {
+            begin_anew(&region);
+        }
+        let shared =
+            reopen(region.memory().fd()).map_err(|error| refuse("cannot open it again", error))?;
         region.set_marking_server(instance);
         Ok(Self { first_id: region.ids_given(), shared, region, instance })
     }
 
-    /// Whether nobody has `id` but who it is given to next: not a client of an earlier ivshmem
-    /// server on the same file, and no slot that names it.
-    pub(super) fn is_unused(&self, id: u16) -> bool {
-        u32::from(id) >= self.first_id
+    /// Ids below this one may be those of clients of an earlier ivshmem server on the same file.
+    pub(super) fn first_id(&self) -> u32 {
+        self.first_id
     }
 
     /// Says in the region that `id` is about to be given out.
@@ -137,15 +144,32 @@ impl Memory {
         marked
     }
 
-    /// Through the connection of which client the owner of a slot has the region, if it says so.
     fn id_of(&self, at: SlotRef, prover: Prover) -> Option<u16> {
-        match prover {
-            Prover::IvPosition(id) => Some(id),
-            Prover::Agent(id) | Prover::VfioExclusive(id) => u16::try_from(id).ok(),
-            // Of a guest's process without VFIO its own kernel knows; but not when that is gone.
-            Prover::Lock { .. } | Prover::None => self.region.slot_info(at)?.ivposition,
+        id_of(&self.region, at, prover)
+    }
+}
+
+/// Through the connection of which client the owner of a slot has the region, if it says so.
+fn id_of(region: &Region<Mapping>, at: SlotRef, prover: Prover) -> Option<u16> {
+    match prover {
+        Prover::IvPosition(id) => Some(id),
+        Prover::Agent(id) | Prover::VfioExclusive(id) => u16::try_from(id).ok(),
+        // Of a guest's process without VFIO its own kernel knows; but not when that is gone.
+        Prover::Lock { .. } | Prover::None => region.slot_info(at)?.ivposition,
+    }
+}
+
+/// Nobody else has the file: takes back what clients of earlier ivshmem servers left, and begins with
+/// the ids anew.
+fn begin_anew(region: &Region<Mapping>) {
+    for (at, prover) in region.claimed() {
+        if id_of(region, at, prover).is_some() {
+            region.mark_dead(at);
+            region.reclaim(at);
         }
     }
+    // After that, so that no slot names an id that seems never to have been given.
+    region.set_ids_given(0);
 }
 
 impl Drop for Memory {
@@ -271,7 +295,7 @@ fn reserve(fd: &Fd, size: u64, name: &str) -> Result<()> {
 }
 
 /// The same file through another open file.
-fn reopen(fd: &Fd) -> io::Result<Fd> {
+fn reopen(fd: impl AsRawFd) -> io::Result<Fd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let file = std::fs::File::options().read(true).write(true).open(path)?;
     Ok(Fd::from(OwnedFd::from(file)))

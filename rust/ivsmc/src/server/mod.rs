@@ -5,13 +5,16 @@
 //! that one:
 //!
 //! * **It says who is dead.** When a client's socket ends, everything that names the client's id
-//!   as its prover is marked dead and taken back in the region; then the others are told and their
-//!   vector 0 is rung; only then the id can be given out again. The region says that such a server
+//!   as its prover is marked dead and taken back in the region; then the others' vector 0 is
+//!   notified; only then the id can be given out again. The region says that such a server
 //!   is there for as long as it is (`ivsmc_proto::marker`).
 //! * **No client holds up another.** Nothing waits for a client. One that does not read is only
 //!   behind: it costs a bounded number of descriptors in flight and a few bytes for each id
 //!   (`outbox.rs`), and gets what still matters when it reads again.
-//! * **No id comes back to who heard it leave**, which QEMU's device would not survive (`ids.rs`).
+//!   Eventfds are shared with clients, who may fill them and make them wait: it never waits for one
+//!   (`EventFd::notify_shared`).
+//! * **No client is told that an id left**, and an id keeps its eventfds: QEMU's device would not survive
+//!   that the id came back (`ids.rs`). That is where it departs from QEMU's specification.
 //! * **Memory is there.** The region is reserved whole; a memfd is sealed, so that no client can
 //!   take it away from under another.
 //!
@@ -85,7 +88,7 @@ pub struct Server {
 #[derive(Debug)]
 struct State {
     clients: BTreeMap<u16, Client>,
-    /// Of the same ids.
+    /// Of those ids, and of all that were given out before.
     eventfds: EventFds,
     ids: Ids,
     admission: Admission,
@@ -122,6 +125,7 @@ impl Server {
         let memory = Memory::new(&options.backing)?;
         let epoll = Epoll::new()?;
         let admission = Admission::new(&socket, &epoll, LISTENER)?;
+        let ids = Ids::new(options.ids, memory.first_id());
         let server = Self {
             epoll,
             stop: Arc::new(EventFd::new()?),
@@ -130,7 +134,7 @@ impl Server {
             state: Mutex::new(State {
                 clients: BTreeMap::new(),
                 eventfds: EventFds::new(),
-                ids: Ids::new(options.ids),
+                ids,
                 admission,
                 next_serial: 1,
                 retry: None,
@@ -311,20 +315,17 @@ impl Server {
         let Some(client) = state.clients.remove(&id) else { return };
         // Closing would do, were the socket not shared with a child that is being forked.
         let _ = self.epoll.remove(&client.socket);
-        let heard_from = client.heard_from;
         drop(client);
         // Before anybody can be told or be given this id: what it held in the region is nobody's.
         let slots = self.memory.mark_leaver(id);
-        state.eventfds.remove(&id);
-        for other in state.clients.values_mut().filter(|other| other.serial >= heard_from) {
+        for other in state.clients.values_mut() {
             other.outbox.left(id);
         }
-        state.ids.left(id, state.next_serial);
-        self.flush_all(state);
         if slots > 0 {
-            for vectors in state.eventfds.values() {
+            for other in state.clients.keys() {
                 // Whoever sleeps looks whether those it talks to still live. A full counter wakes too.
-                let _ = vectors.first().map(EventFd::notify);
+                let vectors = state.eventfds.get(other);
+                let _ = vectors.and_then(|all| all.first()).map(EventFd::notify_shared);
             }
         }
         if state.clients.is_empty() {
@@ -367,22 +368,15 @@ impl Server {
         if count >= self.options.max_clients {
             return Err(format!("{count} clients are there, as many as may be (max_clients)"));
         }
-        let vectors = (0..self.options.vectors)
-            .map(|_| EventFd::new())
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(|error| descriptors_ended(&error))?;
         let named: BTreeSet<u16> = self.memory.named_ids().collect();
         let clients = &state.clients;
-        let oldest = clients.values().map(|client| client.serial).min();
-        let (id, heard_from) = state
-            .ids
-            .take(oldest, |id| {
-                self.memory.is_unused(id) && !clients.contains_key(&id) && !named.contains(&id)
-            })
-            .ok_or(
-                "all 65536 ids are taken, held by slots in the region, or were given out by an \
-                 ivshmem server that ended before its clients did; serve a fresh file",
-            )?;
+        let id = state.ids.take(|id| !clients.contains_key(&id) && !named.contains(&id)).ok_or(
+            "all 65536 ids are taken, held by slots in the region, or were given out by an \
+                 ivshmem server that ended before its clients did; stop whatever has the file \
+                 (\"fuser\" tells) and start this ivshmem server again, or serve a fresh file",
+        )?;
+        self.prepare_eventfds(&mut state.eventfds, id)
+            .map_err(|error| descriptors_ended(&error))?;
         // From before anybody can know it.
         self.memory.give(id);
         let serial = state.next_serial;
@@ -393,12 +387,11 @@ impl Server {
             .map_err(|error| format!("it cannot be watched: {error}"))?;
         let outbox = Outbox::new(id, self.options.vectors, state.clients.keys().copied());
         let credentials = net::peer_credentials(&socket).ok();
-        for other in state.clients.values_mut().filter(|other| other.serial >= heard_from) {
+        for other in state.clients.values_mut() {
             other.outbox.joined(id);
         }
-        state.eventfds.insert(id, vectors);
         let since = Instant::now();
-        state.clients.insert(id, Client { socket, credentials, since, outbox, serial, heard_from });
+        state.clients.insert(id, Client { socket, credentials, since, outbox, serial });
         self.flush_all(state);
         state.joined += 1;
         events.push(Event::Joined {
@@ -406,6 +399,17 @@ impl Server {
             pid: credentials.map(|who| who.pid),
             uid: credentials.map(|who| who.uid),
         });
+        Ok(())
+    }
+
+    /// Has `id` have eventfds that count from 0: those it has had, if it has.
+    fn prepare_eventfds(&self, eventfds: &mut EventFds, id: u16) -> io::Result<()> {
+        if let Some(vectors) = eventfds.get(&id) {
+            return vectors.iter().try_for_each(EventFd::renew);
+        }
+        let vectors =
+            (0..self.options.vectors).map(|_| EventFd::new()).collect::<io::Result<_>>()?;
+        eventfds.insert(id, vectors);
         Ok(())
     }
 }

@@ -23,7 +23,7 @@ pub struct ServerOptions {
     /// Eventfds of each client, 1..=256; QEMU's `vectors=` must be at least that. Default 1, as
     /// QEMU's.
     pub vectors: u16,
-    /// Default: the lowest that is free and does not rest.
+    /// Default: the lowest that is free.
     pub ids: IdOrder,
     /// More clients than this are turned away, 1..=65536. Default 65536; descriptors may end
     /// sooner: each client takes one, and one for each vector.

@@ -1,11 +1,11 @@
 //! What one client still has to be told, in order, as a few small values.
 //!
-//! Descriptors are looked up only at the moment they are sent, so a client that does not read
-//! costs a bounded amount of memory however many others come and go: of an id that joined and
-//! left unheard nothing is said, so no id stands in here more than twice (it left; it is there
-//! again). And it costs a bounded number of descriptors in flight: see [`Outbox::window`].
+//! An id is told once: its eventfds stay what they are, whoever holds it (`ids.rs`). Descriptors are
+//! looked up only at the moment they are sent, and of an id that joined and left unheard nothing
+//! is said. So a client that does not read costs a bounded amount of memory however many others come
+//! and go, and a bounded number of descriptors in flight: see [`Outbox::window`].
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use ivsmc_proto::ivshmem::{self, ServerMessage};
 
@@ -25,6 +25,8 @@ enum Note {
 #[derive(Debug)]
 pub(super) struct Outbox {
     notes: VecDeque<Note>,
+    /// Ids that were told, or stand in `notes`.
+    known: BTreeSet<u16>,
     /// Of every client, 1..=[`ivshmem::MAX_VECTORS`].
     vectors: u16,
     /// The next vector to send, 0..vectors, if the front note is [`Note::Vectors`]; else 0.
@@ -37,29 +39,31 @@ impl Outbox {
     /// The welcome of the newcomer `own`, to whom `others` are there already.
     pub(super) fn new(own: u16, vectors: u16, others: impl Iterator<Item = u16>) -> Self {
         let mut notes = VecDeque::new();
+        let mut known: BTreeSet<u16> = others.collect();
         notes.extend(ivshmem::welcome(own, 0, []).map(Note::Say));
-        notes.extend(others.map(Note::Vectors));
+        notes.extend(known.iter().copied().map(Note::Vectors));
         notes.push_back(Note::Vectors(own));
-        Self { notes, vectors, next_vector: 0, unread: 0 }
+        known.insert(own);
+        Self { notes, known, vectors, next_vector: 0, unread: 0 }
     }
 
     /// `id` has joined.
     pub(super) fn joined(&mut self, id: u16) {
-        self.notes.push_back(Note::Vectors(id));
+        if self.known.insert(id) {
+            self.notes.push_back(Note::Vectors(id));
+        }
     }
 
     /// `id`, which was there, has left.
     pub(super) fn left(&mut self, id: u16) {
-        if let Some(at) = self.notes.iter().position(|&note| note == Note::Vectors(id)) {
-            let begun = at == 0 && self.next_vector > 0;
+        let Some(at) = self.notes.iter().position(|&note| note == Note::Vectors(id)) else {
+            return;
+        };
+        // Half announced it is announced to the end.
+        if at > 0 || self.next_vector == 0 {
             self.notes.remove(at);
-            if !begun {
-                // The client has not heard of it yet, and now never does.
-                return;
-            }
-            self.next_vector = 0;
+            self.known.remove(&id);
         }
-        self.notes.push_back(Note::Say(ivshmem::left(id)));
     }
 
     /// The next message, if there is one.
@@ -166,26 +170,29 @@ mod tests {
     }
 
     #[test]
-    fn who_left_half_announced_is_taken_back() {
+    fn who_left_half_announced_is_announced_to_the_end_and_once() {
         let mut outbox = welcomed(0, 2);
         outbox.joined(5);
         outbox.joined(6);
         outbox.sent();
         outbox.left(5);
         outbox.joined(5);
-        assert_eq!(drain(&mut outbox), [(6, 0), (6, 1), (5, -1), (5, 0), (5, 1)]);
+        assert_eq!(drain(&mut outbox), [(5, 1), (6, 0), (6, 1)]);
     }
 
     #[test]
-    fn a_reused_id_leaves_before_it_joins() {
+    fn a_reused_id_is_told_once() {
         let mut outbox = welcomed(0, 1);
         outbox.joined(5);
-        drain(&mut outbox);
+        assert_eq!(drain(&mut outbox), [(5, 0)]);
         outbox.left(5);
         outbox.joined(5);
         outbox.left(5);
         outbox.joined(5);
-        assert_eq!(drain(&mut outbox), [(5, -1), (5, 0)]);
+        assert_eq!(drain(&mut outbox), []);
+        // Its own, too, once somebody else has it.
+        outbox.joined(0);
+        assert_eq!(drain(&mut outbox), []);
     }
 
     #[test]
@@ -202,7 +209,7 @@ mod tests {
                 outbox.left(id);
             }
         }
-        assert!(outbox.len() <= 2 * 50, "{} notes", outbox.len());
+        assert!(outbox.len() <= 50, "{} notes", outbox.len());
     }
 
     #[test]

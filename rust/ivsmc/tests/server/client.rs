@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{mpsc, Arc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ivsmc::server::{Backing, Event, Server, ServerHandle, ServerOptions};
 use ivsmc::Plain;
@@ -98,6 +98,15 @@ impl Served {
         self.events.try_iter()
     }
 
+    /// Waits until `count` clients are there.
+    pub(crate) fn wait_for_clients(&self, count: usize) {
+        let until = Instant::now() + PATIENCE;
+        while self.server.status().unwrap().clients.len() != count {
+            assert!(Instant::now() < until, "it does not serve");
+            std::thread::yield_now();
+        }
+    }
+
     /// Stops serving; the server itself goes on to exist.
     pub(crate) fn stop(mut self) -> Arc<Server> {
         self.end();
@@ -179,12 +188,13 @@ impl Client {
                 self.own.push(EventFd::adopt(fd).unwrap());
             }
             (ClientEvent::PeerVector { peer, vector }, Some(fd)) => {
+                assert_ne!(peer, self.id);
                 let vectors = self.peers.entry(peer).or_default();
                 assert_eq!(usize::from(vector), vectors.len());
                 vectors.push(EventFd::adopt(fd).unwrap());
             }
-            (ClientEvent::PeerLeft { peer }, None) => {
-                assert!(self.peers.remove(&peer).is_some(), "{peer} left but never came");
+            (ClientEvent::PeerLeft { peer }, _) => {
+                panic!("QEMU would die of it if {peer} came back")
             }
             _ => {}
         }

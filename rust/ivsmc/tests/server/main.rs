@@ -6,6 +6,7 @@ mod process;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -14,7 +15,8 @@ use std::time::Duration;
 use ivsmc::server::{Backing, Event, IdOrder, Server, ServerOptions};
 use ivsmc::{Error, Plain, Timeout};
 use ivsmc_proto::slot::SlotState;
-use ivsmc_shm::{file, lock};
+use ivsmc_shm::poll::EventFd;
+use ivsmc_shm::{file, lock, net};
 
 use client::{reopened, Client, Scratch, Served, MIB};
 
@@ -39,10 +41,14 @@ fn messages_come_in_the_order_of_qemus_specification() {
     assert_eq!([first.read(), first.read()], [(2, true), (2, true)]);
     assert_eq!([second.read(), second.read()], [(2, true), (2, true)]);
 
+    // Of who leaves, and of who gets its id and its eventfds, nothing is said.
     drop(second);
-    assert_eq!(first.read(), (1, false));
-    // Nothing else came.
+    served.wait_for_clients(2);
+    let fourth = Client::join(&path, 2);
+    assert_eq!(fourth.id, 1);
     assert_eq!(first.read_ready(), 0);
+    first.peers[&1][1].notify_shared().unwrap();
+    assert_eq!(fourth.own[1].drain().unwrap(), 1);
     assert!(matches!(served.event(), Event::Joined { id: 0, pid: Some(pid), .. }
         if u32::try_from(pid) == Ok(std::process::id())));
 }
@@ -102,12 +108,12 @@ fn a_leaver_is_marked_before_anybody_hears_of_it() {
     for round in 1..=20 {
         let leaver = Client::join(served.server.path(), 1);
         witness.read_until_peers(1, 1);
-        // Another each time: the witness must not hear of one again that it has heard leave.
-        assert_eq!(leaver.id, round);
+        // The same each time: the one before was marked.
+        assert_eq!(leaver.id, 1);
         let slots = [leaver.claim(&region), leaver.claim(&region)];
         assert!(region.claim_extent(slots[0]).is_some());
         drop(leaver);
-        witness.read_until_peers(0, 1);
+        served.wait_for_clients(1);
         for slot in slots {
             assert!(!region.is_live(slot));
             let state = region.slot_state(slot.index);
@@ -122,7 +128,7 @@ fn a_leaver_is_marked_before_anybody_hears_of_it() {
     }
     drop(served.server.status());
     let events: Vec<_> = served.past_events().collect();
-    let left = events.iter().filter(|event| matches!(event, Event::Left { slots: 2, .. }));
+    let left = events.iter().filter(|event| matches!(event, Event::Left { id: 1, slots: 2 }));
     assert!(left.count() >= 19, "{events:?}");
 }
 
@@ -133,7 +139,7 @@ fn who_left_by_itself_rings_nobody() {
     let mut witness = Client::join(served.server.path(), 1);
     drop(Client::join(served.server.path(), 1));
     witness.read_until_peers(1, 1);
-    witness.read_until_peers(0, 1);
+    served.wait_for_clients(1);
     drop(served);
     assert_eq!(witness.own[0].drain().unwrap(), 0);
 }
@@ -142,64 +148,125 @@ fn who_left_by_itself_rings_nobody() {
 fn rolling_ids_rest_as_long_as_they_can() {
     let scratch = Scratch::new();
     let served = Served::start(ServerOptions { ids: IdOrder::Rolling, ..scratch.options() });
-    let mut witness = Client::join(served.server.path(), 1);
-    for id in 1..5 {
-        assert_eq!(Client::join(served.server.path(), 1).id, id);
-        witness.read_until_peers(1, 1);
-        witness.read_until_peers(0, 1);
+    for round in 0..3 {
+        for id in 0..64 {
+            assert_eq!(join(&served).id, id, "{round}");
+            served.wait_for_clients(0);
+        }
     }
 }
 
 #[test]
-fn ids_come_back_when_nobody_is_left_who_heard_them_leave() {
+fn many_that_come_and_go_beside_one_that_stays_use_up_no_ids() {
+    const JOINS: usize = 3_000;
     let scratch = Scratch::new();
-    let served = Served::start(scratch.options());
-    let mut witness = Client::join(served.server.path(), 1);
-    for id in 1..5 {
-        assert_eq!(Client::join(served.server.path(), 1).id, id);
-        witness.read_until_peers(1, 1);
-        witness.read_until_peers(0, 1);
+    let backing = Backing::File { path: scratch.path("region"), size: Some(MIB) };
+    let served = Served::start(ServerOptions { backing, ..scratch.options() });
+    let mut resident = join(&served);
+    let region = resident.attach();
+    let open_files = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let mut before = 0;
+    for round in 0..JOINS {
+        let (one, other) = (join(&served), join(&served));
+        assert_eq!((one.id, other.id), (1, 2), "{round}");
+        if round == 0 {
+            resident.read_until_peers(2, 1);
+            before = open_files();
+        }
+        // What the resident has been told once leads to whoever has the id now, with nothing left
+        // over from who had it before.
+        assert_eq!((one.own[0].drain().unwrap(), other.own[0].drain().unwrap()), (0, 0));
+        resident.peers[&2][0].notify_shared().unwrap();
+        assert_eq!(other.own[0].drain().unwrap(), 1);
+        resident.peers[&1][0].notify_shared().unwrap();
+        drop((one, other));
+        served.wait_for_clients(1);
     }
-    let mut later = Client::join(served.server.path(), 1);
-    assert_eq!(later.id, 5);
-    drop(witness);
-    later.read_until_peers(0, 1);
-    // It has heard of 0 only.
-    assert_eq!(Client::join(served.server.path(), 1).id, 1);
+    assert_eq!(region.ids_given(), 3);
+    // Neither messages nor descriptors.
+    assert_eq!(resident.read_ready(), 0);
+    let after = open_files();
+    // Other tests of this process open and close some.
+    assert!(after < before + JOINS / 2, "{before} open files, then {after}");
+    let newcomer = join(&served);
+    assert_eq!(newcomer.peers.keys().copied().collect::<Vec<_>>(), [0]);
 }
 
 #[test]
-fn when_all_ids_rest_a_newcomer_is_announced_only_to_who_came_later() {
+fn a_file_that_nobody_has_any_more_is_served_from_the_first_id_on() {
     let scratch = Scratch::new();
     let backing = Backing::File { path: scratch.path("region"), size: Some(MIB) };
     let serve = || Served::start(ServerOptions { backing: backing.clone(), ..scratch.options() });
     let served = serve();
-    let region = Client::join(served.server.path(), 1).attach();
+    let guest = join(&served);
+    let region = guest.attach();
+    let slot = guest.claim(&region);
+    // As if others had been there before, whose end nobody has seen.
+    region.set_ids_given(1 << 16);
     drop(served);
-    // The holders of all others may live on since another ivshmem server gave them out.
-    const FIRST: u16 = u16::MAX - 4;
-    region.set_ids_given(u32::from(FIRST));
+
+    // A mapping without a descriptor is enough; so is a descriptor.
+    let Client { region: fd, socket, .. } = guest;
+    drop(socket);
+    let is_refused = || {
+        let served = serve();
+        let refused = Client::connect(served.server.path());
+        assert!(refused.raw(0).unwrap().is_none());
+        let Event::Refused { reason } = served.event() else { panic!("not refused") };
+        assert!(reason.contains("stop whatever has the file"), "{reason}");
+        assert_eq!(served.server.status().unwrap().held_ids, [0]);
+    };
+    is_refused();
+    assert!(region.is_live(slot));
+    drop(region);
+    is_refused();
+    drop(fd);
+
     let served = serve();
-    let mut early = join(&served);
-    assert_eq!(early.id, FIRST);
-    for id in FIRST + 1..=u16::MAX {
-        assert_eq!(join(&served).id, id);
-        early.read_until_peers(1, 1);
-        early.read_until_peers(0, 1);
+    assert_eq!(served.server.status().unwrap().held_ids, []);
+    let first = join(&served);
+    let region = first.attach();
+    assert_eq!((first.id, region.ids_given()), (0, 1));
+    assert!(!region.is_live(slot));
+}
+
+/// Clears `O_NONBLOCK` and fills the counter: who writes to it next waits for ever.
+fn spoil(eventfd: &EventFd) {
+    net::set_nonblocking(eventfd, false).unwrap();
+    let fd = eventfd.as_fd().try_clone_to_owned().unwrap();
+    assert_eq!(fs::File::from(fd).write(&(u64::MAX - 1).to_ne_bytes()).unwrap(), 8);
+}
+
+#[test]
+fn who_fills_an_eventfd_and_makes_it_wait_holds_up_nobody() {
+    let scratch = Scratch::new();
+    let served = Served::start(scratch.options());
+    let mut hostile = join(&served);
+    let mut healthy = join(&served);
+    let region = healthy.attach();
+    hostile.read_until_peers(1, 1);
+    for round in 0..20 {
+        // Its own one, and that of another.
+        for eventfd in [&hostile.own[0], &hostile.peers[&1][0]] {
+            net::set_nonblocking(eventfd, false).unwrap();
+            eventfd.drain().unwrap();
+            spoil(eventfd);
+        }
+        let leaver = join(&served);
+        let slot = leaver.claim(&region);
+        drop(leaver);
+        served.wait_for_clients(2);
+        assert!(!region.is_live(slot), "{round}");
+        assert!(healthy.own[0].drain().unwrap() >= u64::MAX - 1);
+        // Nothing is there, and it does not wait for something.
+        assert_eq!(healthy.own[0].drain().unwrap(), 0);
     }
-    let mut late = join(&served);
-    assert_eq!(late.id, FIRST + 1);
-    let newcomer = join(&served);
-    assert_eq!(newcomer.id, FIRST + 2);
-    assert_eq!(newcomer.peers.keys().copied().collect::<Vec<_>>(), [FIRST, FIRST + 1]);
-    late.read_until_peers(2, 1);
-    drop(newcomer);
-    late.read_until_peers(1, 1);
-    drop(late);
-    while served.server.status().unwrap().clients.len() > 1 {
-        std::thread::yield_now();
-    }
-    assert_eq!(early.read_ready(), 0);
+    // Who gets the id next has none of it.
+    drop(hostile);
+    served.wait_for_clients(1);
+    let next = join(&served);
+    assert_eq!((next.id, next.own[0].drain().unwrap()), (0, 0));
+    healthy.read_until_peers(2, 1);
 }
 
 #[test]
@@ -277,10 +344,10 @@ fn a_client_that_never_reads_is_only_behind() {
         let others: Vec<_> = (0..3).map(|_| Client::join(&path, 2)).collect();
         healthy.read_until_peers(5, 2);
         drop(others);
-        healthy.read_until_peers(2, 2);
+        served.wait_for_clients(3);
     }
     let staying: Vec<_> = (0..2).map(|_| Client::join(&path, 2)).collect();
-    healthy.read_until_peers(4, 2);
+    assert_eq!(healthy.read_ready(), 0);
 
     // While it does not serve, what it has sent is all there is.
     let server = served.stop();
@@ -318,7 +385,8 @@ fn what_a_client_sends_harms_nobody() {
     let mut other = Client::join(served.server.path(), 1);
     noisy.read_until_peers(1, 1);
     drop(noisy);
-    other.read_until_peers(0, 1);
+    served.wait_for_clients(1);
+    assert_eq!(other.read_ready(), 0);
 }
 
 #[test]
