@@ -2,6 +2,9 @@
 
 ``pair`` also comes as two plain sockets, so that what a test says about sessions is said about the
 standard library's sockets too.
+
+Tests that this machine cannot run are skipped with the reason. ``IVSMC_REQUIRE_TOOLS=1`` makes that
+a failure, for those of ``tests/vm`` (which need QEMU and a kernel) ``IVSMC_REQUIRE_VM=1``.
 """
 
 import contextlib
@@ -16,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -50,6 +53,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=10,
         help="seconds for which a guest is paused in mid-stream (default: 10)",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    needed = "IVSMC_REQUIRE_VM" if "vm" in item.path.parts else "IVSMC_REQUIRE_TOOLS"
+    if report.skipped and os.environ.get(needed) == "1":
+        report.outcome = "failed"
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.longrepr = f"{needed}=1, but {why}"
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

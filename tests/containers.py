@@ -5,13 +5,14 @@ import os
 import uuid
 from pathlib import Path
 
+import pytest
+
 import ivsmc
 import victims
 from endpoints import receive_exactly
 from processes import Here
 from random_stream import RandomStream
 from test_death import assert_clean
-from tools import lacking
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 NEW_NAMESPACE = 0x00020000
@@ -25,7 +26,7 @@ PRIVATE_BELOW = 0x4000 | 0x40000
 def need_root() -> None:
     """Skip the test if this user may not make mount namespaces."""
     if os.geteuid() != 0:
-        lacking("mounting over the boot id needs root")
+        pytest.skip("mounting over the boot id needs root")
 
 
 def enter_container(mask: Path, neighbour: int | None = None) -> None:

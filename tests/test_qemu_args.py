@@ -14,7 +14,7 @@ import pytest
 
 from commands import command
 from conftest import running_server
-from tools import lacking, program
+from tools import program
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
 KVM = Path("/dev/kvm")
@@ -182,7 +182,7 @@ def elements(*arguments: str) -> ET.Element:
     if whole.find("os") is None:
         ET.SubElement(ET.SubElement(whole, "os"), "type", machine="q35").text = "hvm"
     if not SCHEMA.exists():
-        lacking(f"there is no {SCHEMA} (package libvirt0)")
+        pytest.skip(f"there is no {SCHEMA} (package libvirt0)")
     lint = subprocess.run(
         [program("xmllint"), "--noout", "--relaxng", str(SCHEMA), "-"],
         input=ET.tostring(whole),
