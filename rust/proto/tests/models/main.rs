@@ -20,9 +20,18 @@
 //! what was done before the notification is seen after it.
 #![cfg(loom)]
 
+mod directory;
+mod dmb;
 mod doorbell;
+mod extent;
+mod intent;
+#[allow(dead_code)] // Shared with the search of intents, which needs a little more of it.
+#[path = "../intent_search/words.rs"]
+mod plain;
+mod region;
 mod ring;
 mod ring_memory;
+mod slot;
 mod waiters;
 
 /// Explores `model` to `bound` preemptions, or as many as the environment says, and says how much
