@@ -45,6 +45,10 @@ const ADDRESS: u64 = 8;
 /// Shift of the generation over the kind.
 const KIND_BITS: u32 = 8;
 
+/// How often an entry of a dead owner is tried to be freed; by the rules it changes twice meanwhile at
+/// most.
+const TRIES: usize = 8;
+
 /// What a listener is bound to.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Bound {
@@ -241,10 +245,18 @@ impl<M: Memory> Region<M> {
     pub(crate) fn reclaim_listeners(&self, dead: SlotRef) -> u32 {
         let frees = |index| {
             let at = self.geometry().directory_word(index);
-            let word = self.word(at);
-            word >> STATE_SHIFT != FREE
-                && word & OWNER == owner_bits(dead)
-                && self.replace(at, word, freed(word))
+            // An owner that does not know that it is dead may go on with it meanwhile: to listening,
+            // and out.
+            for _ in 0..TRIES {
+                let word = self.word(at);
+                if word >> STATE_SHIFT == FREE || word & OWNER != owner_bits(dead) {
+                    return false;
+                }
+                if self.replace(at, word, freed(word)) {
+                    return true;
+                }
+            }
+            false
         };
         (0..self.geometry().directory_entries()).map(|index| u32::from(frees(index))).sum()
     }

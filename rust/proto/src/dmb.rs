@@ -212,6 +212,10 @@ impl<M: Memory> Region<M> {
             Ok((token, place))
         } else {
             self.release_dmb(token);
+            // Who reclaims may have found the extent in use because of this DMB alone. Pairs with
+            // the fence in `reclaim`, as in `detach_dmb`.
+            self.memory().fence();
+            self.free_orphan(extent);
             Err(DmbError::NotLive)
         }
     }

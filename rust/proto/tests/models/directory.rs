@@ -1,4 +1,5 @@
-//! The directory: an entry that changes hands while somebody looks for listeners.
+//! The directory: an entry that changes hands while somebody looks for listeners. Entering against
+//! the death of who enters is in `claims`.
 
 use std::net::{IpAddr, SocketAddr};
 

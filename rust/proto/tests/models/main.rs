@@ -20,6 +20,7 @@
 //! what was done before the notification is seen after it.
 #![cfg(loom)]
 
+mod claims;
 mod directory;
 mod dmb;
 mod doorbell;
