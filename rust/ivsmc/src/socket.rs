@@ -3,6 +3,7 @@
 //! "Server" is here whoever listens: an ivshmem server, or an agent.
 
 mod admission;
+mod sending;
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -20,6 +21,7 @@ use crate::device::Kind;
 use crate::{Error, Result};
 
 pub(crate) use admission::{descriptors_ended, Admission, Arrival};
+pub(crate) use sending::{send, Flushed, Retry};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;

@@ -11,10 +11,11 @@ use std::time::Instant;
 use ivsmc_proto::agent::{self, AgentMessage, HEADER_LENGTH};
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
+use ivsmc_shm::net;
 use ivsmc_shm::poll::EventFd;
-use ivsmc_shm::{errno, net};
 
 use super::status::Who;
+use crate::socket::{send, Flushed};
 
 /// A connected process that has not said what it wants.
 #[derive(Debug)]
@@ -113,15 +114,6 @@ impl Letter {
     }
 }
 
-/// How far sending got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flushed {
-    /// As far as it can go before the client reads or ends; its socket tells when.
-    Done,
-    /// The kernel has no room for reasons beyond this client; nothing tells when it has again.
-    Retry,
-}
-
 impl Client {
     /// Sends what can be sent now.
     ///
@@ -133,7 +125,7 @@ impl Client {
                 Enclosed::Device => device,
                 Enclosed::EventFd(eventfd) => eventfd.as_fd(),
             });
-            match net::send_with_fd(&self.socket, &letter.rest, enclosed) {
+            match send(&self.socket, &letter.rest, enclosed) {
                 Ok(sent) => {
                     letter.enclosed = None;
                     letter.rest.drain(..sent);
@@ -141,17 +133,12 @@ impl Client {
                         self.outbox.pop_front();
                     }
                 }
-                Err(error) => match error.raw_os_error() {
-                    Some(errno::EINTR) => {}
-                    Some(errno::EAGAIN) => return Flushed::Done,
-                    Some(errno::EPIPE | errno::ECONNRESET) => {
-                        // It has ended; its socket tells so, and then it is taken care of.
+                Err(flushed) => {
+                    if flushed == Flushed::Ended {
                         self.outbox.clear();
-                        return Flushed::Done;
                     }
-                    // ETOOMANYREFS: other processes of this user keep too many in flight.
-                    _ => return Flushed::Retry,
-                },
+                    return flushed;
+                }
             }
         }
         Flushed::Done

@@ -56,7 +56,7 @@ use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
 use ivsmc_shm::{file, fork};
 
 use self::access::Access;
-use self::client::{refuse, Client, Enclosed, Flushed, Letter, Newcomer, Said};
+use self::client::{refuse, Client, Enclosed, Letter, Newcomer, Said};
 use self::device::OwnedDevice;
 use self::region::Slots;
 use self::vectors::Vectors;
@@ -64,15 +64,13 @@ use crate::boot;
 use crate::device::Kind;
 use crate::host::{Host, Timeout};
 use crate::reactor::lock;
-use crate::socket::{descriptors_ended, Admission, Arrival, Socket};
+use crate::socket::{descriptors_ended, Admission, Arrival, Retry, Socket};
 use crate::{Error, Result};
 
 pub use self::options::AgentOptions;
 pub(crate) use self::options::{is_socket_name, socket_name};
 pub use self::status::{ClientStatus, Event, Status, Who};
 
-/// When to send again after the kernel had no room for reasons beyond a client.
-const RETRY: Duration = Duration::from_millis(100);
 /// See [`Agent::patience`].
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Newcomers that may be about to say what they want; then the oldest goes.
@@ -119,8 +117,7 @@ struct State {
     admission: Admission,
     /// Of the next connection; never used twice.
     next_key: u64,
-    /// When to send again.
-    retry: Option<Instant>,
+    retry: Retry,
     joined: u64,
     left: u64,
     died: u64,
@@ -193,7 +190,7 @@ impl Agent {
                 vectors,
                 admission,
                 next_key: FIRST_CONNECTION,
-                retry: None,
+                retry: Retry::default(),
                 joined: 0,
                 left: 0,
                 died: 0,
@@ -337,8 +334,7 @@ impl Agent {
         }
         let now = Instant::now();
         self.send_away_late(state, now, events);
-        if state.retry.is_some_and(|when| when <= now) {
-            state.retry = None;
+        if state.retry.is_due(now) {
             self.flush_all(state);
         }
         newcomers |= state.admission.resume(&self.socket, &self.epoll, now);
@@ -359,9 +355,7 @@ impl Agent {
             return self.leave(state, key, events);
         }
         let Some(client) = state.clients.get_mut(&key) else { return };
-        if client.flush(self.device.descriptor()) == Flushed::Retry {
-            state.retry_soon();
-        }
+        state.retry.note(client.flush(self.device.descriptor()));
     }
 
     /// Takes the client `key`, whose connection has ended, out.
@@ -387,12 +381,8 @@ impl Agent {
     }
 
     fn flush_all(&self, state: &mut State) {
-        let mut retry = false;
         for client in state.clients.values_mut() {
-            retry |= client.flush(self.device.descriptor()) == Flushed::Retry;
-        }
-        if retry {
-            state.retry_soon();
+            state.retry.note(client.flush(self.device.descriptor()));
         }
     }
 
@@ -532,11 +522,7 @@ struct Admitted {
 impl State {
     fn next_look(&self) -> Option<Instant> {
         let late = self.newcomers.first_key_value().map(|(_, newcomer)| newcomer.until);
-        self.retry.into_iter().chain(self.admission.resumes_at()).chain(late).min()
-    }
-
-    fn retry_soon(&mut self) {
-        self.retry.get_or_insert_with(|| Instant::now() + RETRY);
+        self.retry.at().into_iter().chain(self.admission.resumes_at()).chain(late).min()
     }
 
     fn refuse(&mut self, reason: String, events: &mut Vec<Event>) {

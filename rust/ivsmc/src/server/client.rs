@@ -8,12 +8,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use ivsmc_proto::ivshmem::Descriptor;
-use ivsmc_shm::errno;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, Credentials};
 use ivsmc_shm::poll::EventFd;
 
 use super::outbox::Outbox;
+use crate::socket::{send, Flushed};
 
 /// The eventfds of every id that was given out, whether or not somebody has it now: one for each
 /// vector, to receive on and to send on.
@@ -33,15 +33,6 @@ pub(super) struct Client {
     pub(super) outbox: Outbox,
     /// Tells this client apart from others that had its id before.
     pub(super) serial: u64,
-}
-
-/// How far sending got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flushed {
-    /// As far as it can go before the client reads or ends; its socket tells when.
-    Done,
-    /// The kernel has no room for reasons beyond this client; nothing tells when it has again.
-    Retry,
 }
 
 impl Client {
@@ -65,19 +56,14 @@ impl Client {
                         .map(EventFd::as_fd)
                 }
             };
-            match net::send_with_fd(&self.socket, &message.to_bytes(), descriptor) {
+            match send(&self.socket, &message.to_bytes(), descriptor) {
                 Ok(_) => self.outbox.sent(),
-                Err(error) => match error.raw_os_error() {
-                    Some(errno::EINTR) => {}
-                    Some(errno::EAGAIN) => return Flushed::Done,
-                    Some(errno::EPIPE | errno::ECONNRESET) => {
-                        // It has ended; its socket tells so, and then it is taken care of.
+                Err(flushed) => {
+                    if flushed == Flushed::Ended {
                         self.outbox.clear();
-                        return Flushed::Done;
                     }
-                    // ETOOMANYREFS: other processes of this user keep too many in flight.
-                    _ => return Flushed::Retry,
-                },
+                    return flushed;
+                }
             }
         }
         Flushed::Done

@@ -43,14 +43,14 @@ use ivsmc_shm::fd::Fd;
 use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
 use ivsmc_shm::{fork, net};
 
-use self::client::{Client, EventFds, Flushed};
+use self::client::{Client, EventFds};
 use self::ids::Ids;
 use self::memory::Memory;
 use self::outbox::Outbox;
 use crate::device::Kind;
 use crate::host::{Host, Timeout};
 use crate::reactor::lock;
-use crate::socket::{descriptors_ended, Admission, Arrival, Socket};
+use crate::socket::{descriptors_ended, Admission, Arrival, Retry, Socket};
 use crate::{Error, Result};
 
 pub use self::ids::IdOrder;
@@ -58,8 +58,6 @@ pub use self::memory::Backing;
 pub use self::options::ServerOptions;
 pub use self::status::{ClientStatus, Event, Status};
 
-/// When to send again after the kernel had no room for reasons beyond a client.
-const RETRY: Duration = Duration::from_millis(100);
 /// Connections accepted before others get a turn.
 const ACCEPTS: usize = 64;
 
@@ -93,8 +91,7 @@ struct State {
     ids: Ids,
     admission: Admission,
     next_serial: u64,
-    /// When to send again.
-    retry: Option<Instant>,
+    retry: Retry,
     joined: u64,
     left: u64,
     refused: u64,
@@ -137,7 +134,7 @@ impl Server {
                 ids,
                 admission,
                 next_serial: 1,
-                retry: None,
+                retry: Retry::default(),
                 joined: 0,
                 left: 0,
                 refused: 0,
@@ -279,8 +276,7 @@ impl Server {
             }
         }
         let now = Instant::now();
-        if state.retry.is_some_and(|when| when <= now) {
-            state.retry = None;
+        if state.retry.is_due(now) {
             self.flush_all(state);
         }
         newcomers |= state.admission.resume(&self.socket, &self.epoll, now);
@@ -305,8 +301,8 @@ impl Server {
         };
         if found & (poll::HUP | poll::ERR) != 0 {
             self.leave(state, id, events);
-        } else if client.flush(self.memory.shared(), &state.eventfds) == Flushed::Retry {
-            state.retry_soon();
+        } else {
+            state.retry.note(client.flush(self.memory.shared(), &state.eventfds));
         }
     }
 
@@ -336,12 +332,8 @@ impl Server {
     }
 
     fn flush_all(&self, state: &mut State) {
-        let mut retry = false;
         for client in state.clients.values_mut() {
-            retry |= client.flush(self.memory.shared(), &state.eventfds) == Flushed::Retry;
-        }
-        if retry {
-            state.retry_soon();
+            state.retry.note(client.flush(self.memory.shared(), &state.eventfds));
         }
     }
 
@@ -416,10 +408,6 @@ impl Server {
 
 impl State {
     fn next_look(&self) -> Option<Instant> {
-        self.retry.into_iter().chain(self.admission.resumes_at()).min()
-    }
-
-    fn retry_soon(&mut self) {
-        self.retry.get_or_insert_with(|| Instant::now() + RETRY);
+        self.retry.at().into_iter().chain(self.admission.resumes_at()).min()
     }
 }
