@@ -37,6 +37,22 @@ class Echo:
         self.served.release()
 
 
+async def echoed(
+    content: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> bytes:
+    """Send ``content`` and the end, receive what comes back meanwhile, and close."""
+
+    async def send() -> None:
+        writer.write(content)
+        await writer.drain()
+        writer.write_eof()
+
+    _, received = await asyncio.gather(send(), reader.read(-1))
+    writer.close()
+    await writer.wait_closed()
+    return received
+
+
 def test_streams(device: str) -> None:
     content = os.urandom(SIZE)
 
@@ -49,15 +65,7 @@ def test_streams(device: str) -> None:
             session = await connected(address, device)
             reader, writer = await asyncio.open_connection(sock=session)
             assert writer.get_extra_info("peername") == address
-
-            async def send() -> None:
-                writer.write(content)
-                await writer.drain()
-                writer.write_eof()
-
-            _, received = await asyncio.gather(send(), reader.read(-1))
-            writer.close()
-            await writer.wait_closed()
+            received = await echoed(content, reader, writer)
             await echo.served.acquire()
             return received
 
@@ -128,15 +136,7 @@ def test_streams_of_our_own(device: str) -> None:
             session.close()
             await echo.served.acquire()
             reader, writer = await ivsmc.asyncio.open_connection(host, port, device=device)
-
-            async def send() -> None:
-                writer.write(content)
-                await writer.drain()
-                writer.write_eof()
-
-            _, received = await asyncio.gather(send(), reader.read(-1))
-            writer.close()
-            await writer.wait_closed()
+            received = await echoed(content, reader, writer)
             await echo.served.acquire()
             return received
 

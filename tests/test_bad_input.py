@@ -301,19 +301,21 @@ def squat_as_somebody_else(directory: Path) -> str:
     return f"{directory} belongs to user 65534 and not to user {os.getuid()}"
 
 
-def squat_with_a_linked_region(directory: Path) -> str:
+def file_elsewhere(directory: Path) -> Path:
+    """A file beside the directory, which is made and right but for its region."""
     directory.mkdir(mode=0o700)
     elsewhere = directory.with_name("elsewhere")
     elsewhere.touch(mode=0o600)
-    (directory / "region").symlink_to(elsewhere)
+    return elsewhere
+
+
+def squat_with_a_linked_region(directory: Path) -> str:
+    (directory / "region").symlink_to(file_elsewhere(directory))
     return f"{directory}/region is a symbolic link"
 
 
 def squat_with_a_region_of_two_names(directory: Path) -> str:
-    directory.mkdir(mode=0o700)
-    elsewhere = directory.with_name("elsewhere")
-    elsewhere.touch(mode=0o600)
-    (directory / "region").hardlink_to(elsewhere)
+    (directory / "region").hardlink_to(file_elsewhere(directory))
     return f"{directory}/region has 2 names"
 
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -73,21 +73,24 @@ def test_a_sleeper_is_woken_by_doorbell_alone(device: str) -> None:
         assert opened["doorbells_lost"] == 0
 
 
+def asleep_in_recv(pool: ThreadPoolExecutor, session: ivsmc.Session) -> tuple[Future[bytes], int]:
+    """Have a thread of ``pool`` receive a byte; return that byte to come, and the thread's id."""
+    thread: Future[int] = Future()
+
+    def receive() -> bytes:
+        thread.set_result(threading.get_native_id())
+        return session.recv(1)
+
+    received = pool.submit(receive)
+    until_blocked(os.getpid(), thread.result())
+    return received, thread.result()
+
+
 def test_both_ends_of_a_sleeping_process_are_woken_by_doorbell(device: str) -> None:
     near, far = session_pair(device)
     with ThreadPoolExecutor(1) as pool, near, far:
-        threads: list[int] = []
-        entered = threading.Barrier(2)
-
-        def receive() -> bytes:
-            threads.append(threading.get_native_id())
-            entered.wait()
-            return far.recv(1)
-
         for _ in range(ROUNDS):
-            waiting = pool.submit(receive)
-            entered.wait()
-            until_blocked(os.getpid(), threads[-1])
+            waiting, _ = asleep_in_recv(pool, far)
             near.sendall(b"x")
             assert waiting.result(PATIENCE) == b"x"
         assert far.stats()["wakes_received"] == near.stats()["wakes_sent"] == 0
@@ -134,24 +137,12 @@ def test_a_thread_that_gives_up_leaves_the_doorbell_to_another(device: str) -> N
     near, far = session_pair(device)
     other_near, other_far = session_pair(device)
     with ThreadPoolExecutor(2) as pool, near, far, other_near, other_far:
-        threads: dict[str, int] = {}
-        entered = threading.Barrier(2)
-
-        def receive(name: str, session: ivsmc.Session) -> bytes:
-            threads[name] = threading.get_native_id()
-            entered.wait()
-            return session.recv(1)
-
         for _ in range(5):
-            leader = pool.submit(receive, "leader", far)
-            entered.wait()
-            until_blocked(os.getpid(), threads["leader"])
-            follower = pool.submit(receive, "follower", other_far)
-            entered.wait()
-            until_blocked(os.getpid(), threads["follower"])
+            leader, _ = asleep_in_recv(pool, far)
+            follower, thread = asleep_in_recv(pool, other_far)
             near.sendall(b"1")
             assert leader.result(PATIENCE) == b"1"
-            until_blocked(os.getpid(), threads["follower"])
+            until_blocked(os.getpid(), thread)
             before = other_far.stats()
             other_near.sendall(b"2")
             assert follower.result(PATIENCE) == b"2"
@@ -163,24 +154,12 @@ def test_closing_the_leaders_session_leaves_the_doorbell_to_another(device: str)
     near, far = session_pair(device)
     other_near, other_far = session_pair(device)
     with ThreadPoolExecutor(2) as pool, near, far, other_near, other_far:
-        threads: dict[str, int] = {}
-        entered = threading.Barrier(2)
-
-        def receive(name: str, session: ivsmc.Session) -> bytes:
-            threads[name] = threading.get_native_id()
-            entered.wait()
-            return session.recv(1)
-
-        closed = pool.submit(receive, "leader", far)
-        entered.wait()
-        until_blocked(os.getpid(), threads["leader"])
-        follower = pool.submit(receive, "follower", other_far)
-        entered.wait()
-        until_blocked(os.getpid(), threads["follower"])
+        closed, _ = asleep_in_recv(pool, far)
+        follower, thread = asleep_in_recv(pool, other_far)
         far.close()
         with pytest.raises(OSError, match="Bad file descriptor"):
             closed.result(PATIENCE)
-        until_blocked(os.getpid(), threads["follower"])
+        until_blocked(os.getpid(), thread)
         other_near.sendall(b"x")
         assert follower.result(PATIENCE) == b"x"
 
