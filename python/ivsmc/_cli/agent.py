@@ -1,18 +1,16 @@
 """``ivsmc agent``: owns a virtual machine's ivshmem device and shares it with its processes."""
 
 import argparse
+import contextlib
 import grp
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 import ivsmc
 from ivsmc._cli.arguments import Commands, permissions
+from ivsmc._cli.serving import serve, stop_on_sigterm
 
 _DIRECTORY = Path("/run/ivsmc")
-_POLL_SECONDS = 60.0
-"""Signals end a poll at once; this bounds one whose signal came just before it."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -55,28 +53,24 @@ when the agent ends; the next one can start when the last of them has ended.""",
 
 def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_sigterm()
     directory = Path(options.socket).parent if options.socket else _DIRECTORY
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     mode = options.mode
     if mode is None:
         mode = 0o600 if options.group is None else 0o660
-    agent = ivsmc.Agent(options.address, path=options.socket, mode=mode, group=options.group)
-    try:
-        status = agent.status()
-        _log(
-            f"{status['device']} is shared at {status['path']}, "
-            f"region of {status['size']} bytes, {status['vectors']} vectors"
-        )
-        while True:
-            agent.serve(_POLL_SECONDS, _log)
-    except KeyboardInterrupt:
+    with ivsmc.Agent(options.address, path=options.socket, mode=mode, group=options.group) as agent:
+        with contextlib.suppress(KeyboardInterrupt):
+            status = agent.status()
+            _log(
+                f"{status['device']} is shared at {status['path']}, "
+                f"region of {status['size']} bytes, {status['vectors']} vectors"
+            )
+            serve(agent, _log)
         left = len(agent.status()["clients"])
         if left:
             _log(f"{left} processes keep the device; the next agent can start when they have ended")
-        return 0
-    finally:
-        agent.close()
+    return 0
 
 
 def _group(text: str) -> int:
@@ -90,7 +84,3 @@ def _group(text: str) -> int:
 
 def _log(event: str) -> None:
     print(f"ivsmc agent: {event}", file=sys.stderr, flush=True)
-
-
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -12,12 +12,10 @@ all that a firewall must let through. All numbers are little-endian.
 import contextlib
 import os
 import secrets
-import signal
 import socket
 import struct
 import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import ivsmc
@@ -26,6 +24,7 @@ from ivsmc._cli import measure
 from ivsmc._cli.arguments import shown
 from ivsmc._cli.machine import Refused
 from ivsmc._cli.measure import Stream
+from ivsmc._cli.serving import stop_on_sigterm
 
 __all__ = ["Far", "connected", "greeted", "listen"]
 
@@ -106,7 +105,7 @@ def connected(
 
 def listen(address: tuple[str, int], device: str | None, require: Any) -> int:
     """Serve one client after the other until SIGINT or SIGTERM."""
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_sigterm()
     host = address[0]
     dualstack = not host and socket.has_dualstack_ipv6()
     with socket.create_server(
@@ -210,7 +209,3 @@ def _exactly(session: ivsmc.Session, size: int) -> bytes:
 
 def _say(text: str) -> None:
     print(f"ivsmc bench: {text}", file=sys.stderr, flush=True)
-
-
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

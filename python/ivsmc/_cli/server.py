@@ -1,18 +1,16 @@
 """``ivsmc server``: the ivshmem server that VMs and host processes share a region through."""
 
 import argparse
-import signal
+import contextlib
 import sys
 from pathlib import Path
-from types import FrameType
 
 import ivsmc
 from ivsmc._cli.arguments import Commands, bounded, permissions, size
+from ivsmc._cli.serving import serve, stop_on_sigterm
 
 _DEFAULT_SOCKET = "/run/ivsmc/ivs0.sock"
 _DEFAULT_SIZE = 256 << 20
-_POLL_SECONDS = 60.0
-"""Signals end a poll at once; this bounds one whose signal came just before it."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -58,7 +56,7 @@ Who may open the socket may read and write the region.""",
 
 def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_sigterm()
     Path(options.path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     server = ivsmc.Server(
         options.path,
@@ -67,20 +65,13 @@ def run(options: argparse.Namespace) -> int:
         file=options.file,
         mode=options.mode,
     )
-    try:
-        print(
-            f"ivsmc server: listening on {options.path}, "
-            f"region of {server.status()['size']} bytes, "
-            f"{options.vectors} vector{'s' if options.vectors > 1 else ''} a peer",
-            file=sys.stderr,
-            flush=True,
+    with server, contextlib.suppress(KeyboardInterrupt):
+        _log(
+            f"listening on {options.path}, region of {server.status()['size']} bytes, "
+            f"{options.vectors} vector{'s' if options.vectors > 1 else ''} a peer"
         )
-        while True:
-            server.serve(_POLL_SECONDS, _log)
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        server.close()
+        serve(server, _log)
+    return 0
 
 
 def _size(options: argparse.Namespace) -> int:
@@ -92,7 +83,3 @@ def _size(options: argparse.Namespace) -> int:
 
 def _log(event: str) -> None:
     print(f"ivsmc server: {event}", file=sys.stderr, flush=True)
-
-
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
