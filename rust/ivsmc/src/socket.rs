@@ -1,9 +1,11 @@
-//! The listening socket at a path: made in place of a dead server's, never of a live one's.
+//! The listening socket at a path: made in place of a dead server's, never of a live one's; and how
+//! those who connect are served.
 //!
 //! "Server" is here whoever listens: an ivshmem server, or an agent.
 
 mod admission;
 mod sending;
+mod serving;
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -20,8 +22,11 @@ use ivsmc_shm::{errno, lock, net, thread};
 use crate::device::Kind;
 use crate::{Error, Result};
 
-pub(crate) use admission::{descriptors_ended, Admission, Arrival};
+use admission::Admission;
+
+pub(crate) use admission::descriptors_ended;
 pub(crate) use sending::{send, Flushed, Retry};
+pub(crate) use serving::{Daemon, Serving, Stop, FIRST_KEY};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -70,7 +75,7 @@ impl Socket {
     }
 
     /// The next connection; `WouldBlock` if nobody waits.
-    pub(crate) fn accept(&self) -> io::Result<Fd> {
+    fn accept(&self) -> io::Result<Fd> {
         net::unix_accept(&self.listener)
     }
 

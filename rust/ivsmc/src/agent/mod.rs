@@ -41,9 +41,8 @@ mod vfio;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
-use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use ivsmc_proto::agent::{AgentMessage, Welcome};
@@ -51,9 +50,9 @@ use ivsmc_proto::proof::Witness;
 use ivsmc_proto::region::Region;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
+use ivsmc_shm::file;
 use ivsmc_shm::mapping::Mapping;
-use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
-use ivsmc_shm::{file, fork};
+use ivsmc_shm::poll::{self, EpollEvent};
 
 use self::access::Access;
 use self::client::{refuse, Client, Enclosed, Letter, Newcomer, Said};
@@ -64,7 +63,7 @@ use crate::boot;
 use crate::device::Kind;
 use crate::host::{Host, Timeout};
 use crate::reactor::lock;
-use crate::socket::{descriptors_ended, Admission, Arrival, Retry, Socket};
+use crate::socket::{descriptors_ended, Daemon, Retry, Serving, Socket, Stop, FIRST_KEY};
 use crate::{Error, Result};
 
 pub use self::options::AgentOptions;
@@ -75,14 +74,10 @@ pub use self::status::{ClientStatus, Event, Status, Who};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Newcomers that may be about to say what they want; then the oldest goes.
 const NEWCOMERS: usize = 64;
-/// Connections accepted before others get a turn.
-const ACCEPTS: usize = 64;
 
 /// Keys of the epoll; those of connections are above.
-const STOP: u64 = 0;
-const LISTENER: u64 = 1;
-const FIRST_VECTOR: u64 = 2;
-const LAST_VECTOR: u64 = 3;
+const FIRST_VECTOR: u64 = FIRST_KEY;
+const LAST_VECTOR: u64 = FIRST_KEY + 1;
 const FIRST_CONNECTION: u64 = 16;
 
 /// An agent: listening, and handing out its device while [`Agent::serve`] runs.
@@ -93,19 +88,14 @@ pub struct Agent {
     options: AgentOptions,
     /// As people name it.
     name: String,
-    epoll: Epoll,
-    stop: Arc<EventFd>,
-    socket: Socket,
+    serving: Serving,
     access: Access,
     slots: Slots,
     state: Mutex<State>,
-    /// Held by the thread that serves.
-    serving: Mutex<()>,
     /// How long a newcomer may take to say what it wants.
     patience: Duration,
     /// The last one to go.
     device: Box<dyn OwnedDevice>,
-    generation: u32,
 }
 
 /// What changes while serving.
@@ -114,7 +104,6 @@ struct State {
     newcomers: BTreeMap<u64, Newcomer>,
     clients: BTreeMap<u64, Client>,
     vectors: Vectors,
-    admission: Admission,
     /// Of the next connection; never used twice.
     next_key: u64,
     retry: Retry,
@@ -126,13 +115,54 @@ struct State {
 
 /// Ends [`Agent::serve`], from any thread.
 #[derive(Clone, Debug)]
-pub struct AgentHandle(Arc<EventFd>);
+pub struct AgentHandle(Stop);
 
 impl AgentHandle {
     /// Makes [`Agent::serve`] return soon; if it does not run now, then its next call at once.
     pub fn stop(&self) {
-        // Fails only in a forked child, where there is nothing to stop.
-        let _ = self.0.notify();
+        self.0.stop();
+    }
+}
+
+impl Daemon for Agent {
+    type Event = Event;
+    const NAME: &'static str = "agent";
+
+    fn next_look(&self) -> Option<Instant> {
+        let state = lock(&self.state);
+        let late = state.newcomers.first_key_value().map(|(_, newcomer)| newcomer.until);
+        state.retry.at().into_iter().chain(late).min()
+    }
+
+    fn turn<'a>(&self, ready: impl Iterator<Item = &'a EpollEvent>, events: &mut Vec<Event>) {
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        for event in ready {
+            match event.key() {
+                FIRST_VECTOR => state.vectors.relay_first(),
+                LAST_VECTOR => state.vectors.relay_last(),
+                key if state.clients.contains_key(&key) => {
+                    self.client_ready(state, key, event.events(), events);
+                }
+                key => self.hear(state, key, events),
+            }
+        }
+        let now = Instant::now();
+        self.send_away_late(state, now, events);
+        if state.retry.is_due(now) {
+            self.flush_all(state);
+        }
+    }
+
+    fn meet(&self, arrived: Result<Fd, String>, events: &mut Vec<Event>) {
+        let state = &mut *lock(&self.state);
+        if let Err(reason) = arrived.and_then(|socket| self.greet(state, socket, events)) {
+            state.refuse(reason, events);
+        }
+    }
+
+    fn paused(reason: String) -> Event {
+        Event::Paused { reason }
     }
 }
 
@@ -170,25 +200,19 @@ impl Agent {
         let slots = Slots::new(region, device.ivposition(), witness);
         let vectors = Vectors::new(&*device)
             .map_err(|error| Error::device(name.clone(), format!("vector 0: {error}")))?;
-        let epoll = Epoll::new()?;
-        let admission = Admission::new(&socket, &epoll, LISTENER)?;
-        let stop = Arc::new(EventFd::new()?);
-        epoll.add(&*stop, poll::IN, STOP)?;
-        epoll.add(vectors.first(), poll::IN, FIRST_VECTOR)?;
-        epoll.add(vectors.last(), poll::IN, LAST_VECTOR)?;
+        let serving = Serving::new(socket)?;
+        serving.epoll().add(vectors.first(), poll::IN, FIRST_VECTOR)?;
+        serving.epoll().add(vectors.last(), poll::IN, LAST_VECTOR)?;
         Ok(Self {
             options,
             name,
-            epoll,
-            stop,
-            socket,
+            serving,
             access,
             slots,
             state: Mutex::new(State {
                 newcomers: BTreeMap::new(),
                 clients: BTreeMap::new(),
                 vectors,
-                admission,
                 next_key: FIRST_CONNECTION,
                 retry: Retry::default(),
                 joined: 0,
@@ -196,21 +220,19 @@ impl Agent {
                 died: 0,
                 refused: 0,
             }),
-            serving: Mutex::new(()),
             patience: PATIENCE,
             device,
-            generation: fork::generation(),
         })
     }
 
     /// Ends [`Agent::serve`] from elsewhere.
     pub fn handle(&self) -> AgentHandle {
-        AgentHandle(Arc::clone(&self.stop))
+        AgentHandle(self.serving.stop())
     }
 
     /// Where clients connect.
     pub fn path(&self) -> &Path {
-        self.socket.path()
+        self.serving.path()
     }
 
     /// Serves until [`AgentHandle::stop`], and tells `on_event` what happens.
@@ -233,45 +255,9 @@ impl Agent {
         &self,
         time: Timeout,
         host: &impl Host,
-        mut on_event: impl FnMut(Event),
+        on_event: impl FnMut(Event),
     ) -> Result<()> {
-        self.judge_process()?;
-        let _serving = match self.serving.try_lock() {
-            Ok(guard) => guard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::ApiMisuse("this agent is being served already".into()))
-            }
-        };
-        let deadline = time.deadline();
-        let mut ready = [EpollEvent::default(); 64];
-        let mut events = Vec::new();
-        loop {
-            if host.handles_signals() {
-                // One that came while an event was told, for instance.
-                host.interrupted()?;
-            }
-            // Over: look once more, without waiting.
-            let left = deadline.left().unwrap_or(Some(Duration::ZERO));
-            let look = lock(&self.state)
-                .next_look()
-                .map(|when| when.saturating_duration_since(Instant::now()));
-            let timeout = look.into_iter().chain(left).min();
-            let waited = host.blocking(|| self.epoll.wait(&mut ready, timeout));
-            let ready = match waited {
-                Ok(count) => &ready[..count],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                    host.interrupted()?;
-                    continue;
-                }
-                Err(error) => return Err(error.into()),
-            };
-            let stopped = self.turn(ready, &mut events);
-            events.drain(..).for_each(&mut on_event);
-            if stopped || left == Some(Duration::ZERO) {
-                return Ok(());
-            }
-        }
+        self.serving.run(self, time, host, on_event)
     }
 
     /// What there is now.
@@ -279,7 +265,7 @@ impl Agent {
     /// # Errors
     /// [`Error::Forked`] in a forked child.
     pub fn status(&self) -> Result<Status> {
-        self.judge_process()?;
+        self.serving.judge_process()?;
         let state = lock(&self.state);
         let region = self.slots.region();
         Ok(Status {
@@ -307,48 +293,6 @@ impl Agent {
         })
     }
 
-    fn judge_process(&self) -> Result<()> {
-        if fork::is_current(self.generation) {
-            Ok(())
-        } else {
-            Err(Error::Forked)
-        }
-    }
-
-    /// Handles what is ready; whether to stop.
-    fn turn(&self, ready: &[EpollEvent], events: &mut Vec<Event>) -> bool {
-        let mut state = lock(&self.state);
-        let state = &mut *state;
-        let (mut stopped, mut newcomers) = (false, false);
-        for event in ready {
-            match event.key() {
-                STOP => stopped = true,
-                LISTENER => newcomers = true,
-                FIRST_VECTOR => state.vectors.relay_first(),
-                LAST_VECTOR => state.vectors.relay_last(),
-                key if state.clients.contains_key(&key) => {
-                    self.client_ready(state, key, event.events(), events);
-                }
-                key => self.hear(state, key, events),
-            }
-        }
-        let now = Instant::now();
-        self.send_away_late(state, now, events);
-        if state.retry.is_due(now) {
-            self.flush_all(state);
-        }
-        newcomers |= state.admission.resume(&self.socket, &self.epoll, now);
-        // After the leavers, whose slots, vectors and descriptors may be needed.
-        if newcomers {
-            self.accept(state, events);
-        }
-        if stopped {
-            // It is drained by the call that obeys it.
-            let _ = self.stop.drain();
-        }
-        stopped
-    }
-
     /// A client has read, or has ended.
     fn client_ready(&self, state: &mut State, key: u64, found: u32, events: &mut Vec<Event>) {
         if found & (poll::HUP | poll::ERR) != 0 {
@@ -362,7 +306,7 @@ impl Agent {
     fn leave(&self, state: &mut State, key: u64, events: &mut Vec<Event>) {
         let Some(client) = state.clients.remove(&key) else { return };
         // Closing would do, were the socket not shared with a child that is being forked.
-        let _ = self.epoll.remove(&client.socket);
+        let _ = self.serving.epoll().remove(&client.socket);
         let Client { who, slot, .. } = client;
         // Before its vector can be given to another: what it held in the region is nobody's.
         let died = self.slots.take_back(slot);
@@ -386,22 +330,6 @@ impl Agent {
         }
     }
 
-    /// Lets newcomers in.
-    fn accept(&self, state: &mut State, events: &mut Vec<Event>) {
-        for _ in 0..ACCEPTS {
-            let refusal = match state.admission.next(&self.socket, &self.epoll) {
-                Arrival::Newcomer(socket) => self.greet(state, socket, events).err(),
-                Arrival::TurnedAway(reason) => Some(reason),
-                Arrival::Gone => None,
-                Arrival::Nobody => return,
-                Arrival::Paused(reason) => return events.push(Event::Paused { reason }),
-            };
-            if let Some(reason) = refusal {
-                state.refuse(reason, events);
-            }
-        }
-    }
-
     /// Hears a newcomer, or says why not.
     fn greet(&self, state: &mut State, socket: Fd, events: &mut Vec<Event>) -> Result<(), String> {
         let who = match self.access.judge(&socket) {
@@ -414,13 +342,14 @@ impl Agent {
         if state.newcomers.len() >= NEWCOMERS {
             // Who speaks at once, as every client does, never becomes the oldest.
             if let Some((_, oldest)) = state.newcomers.pop_first() {
-                let _ = self.epoll.remove(&oldest.socket);
+                let _ = self.serving.epoll().remove(&oldest.socket);
                 state.refuse(format!("{} said nothing while others came", oldest.who), events);
             }
         }
         let key = state.next_key;
         state.next_key += 1;
-        self.epoll
+        self.serving
+            .epoll()
             .add(&socket, poll::IN, key)
             .map_err(|error| format!("it cannot be watched: {error}"))?;
         state.newcomers.insert(key, Newcomer::new(socket, who, Instant::now() + self.patience));
@@ -454,7 +383,7 @@ impl Agent {
             Err(reason) => reason,
         };
         refuse(&socket, &reason);
-        let _ = self.epoll.remove(&socket);
+        let _ = self.serving.epoll().remove(&socket);
         state.refuse(format!("{who}: {reason}"), events);
     }
 
@@ -465,7 +394,8 @@ impl Agent {
             return Err(format!("{count} processes use it, as many as may (max_clients)"));
         }
         // Edge-triggered: one event each time it reads, one when it ends. What it sends is not read.
-        self.epoll
+        self.serving
+            .epoll()
             .modify(socket, poll::OUT | poll::ET, key)
             .map_err(|error| format!("it cannot be watched: {error}"))?;
         let (vector, bells) =
@@ -503,7 +433,7 @@ impl Agent {
                 return;
             }
             let Newcomer { socket, who, .. } = first.remove();
-            let _ = self.epoll.remove(&socket);
+            let _ = self.serving.epoll().remove(&socket);
             state.refuse(
                 format!("{who} has said nothing for {} s", self.patience.as_secs()),
                 events,
@@ -520,11 +450,6 @@ struct Admitted {
 }
 
 impl State {
-    fn next_look(&self) -> Option<Instant> {
-        let late = self.newcomers.first_key_value().map(|(_, newcomer)| newcomer.until);
-        self.retry.at().into_iter().chain(self.admission.resumes_at()).chain(late).min()
-    }
-
     fn refuse(&mut self, reason: String, events: &mut Vec<Event>) {
         self.refused += 1;
         events.push(Event::Refused { reason });

@@ -8,12 +8,13 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ivsmc_proto::agent::{self as wire, HEADER_LENGTH};
 use ivsmc_proto::slot::{SlotInfo, SlotState};
 use ivsmc_shm::net;
-use ivsmc_shm::poll::PollFd;
+use ivsmc_shm::poll::{EventFd, PollFd};
 
 use super::*;
 use crate::attachment::tests::{kill, start};

@@ -36,12 +36,12 @@ mod status;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, TryLockError};
-use std::time::{Duration, Instant};
+use std::sync::Mutex;
+use std::time::Instant;
 
 use ivsmc_shm::fd::Fd;
-use ivsmc_shm::poll::{self, Epoll, EpollEvent, EventFd};
-use ivsmc_shm::{fork, net};
+use ivsmc_shm::net;
+use ivsmc_shm::poll::{self, EpollEvent, EventFd};
 
 use self::client::{Client, EventFds};
 use self::ids::Ids;
@@ -50,20 +50,13 @@ use self::outbox::Outbox;
 use crate::device::Kind;
 use crate::host::{Host, Timeout};
 use crate::reactor::lock;
-use crate::socket::{descriptors_ended, Admission, Arrival, Retry, Socket};
-use crate::{Error, Result};
+use crate::socket::{descriptors_ended, Daemon, Retry, Serving, Socket, Stop};
+use crate::Result;
 
 pub use self::ids::IdOrder;
 pub use self::memory::Backing;
 pub use self::options::ServerOptions;
 pub use self::status::{ClientStatus, Event, Status};
-
-/// Connections accepted before others get a turn.
-const ACCEPTS: usize = 64;
-
-/// Keys of the epoll; those of clients are above (`serial << 16 | id`, serial from 1).
-const STOP: u64 = 0;
-const LISTENER: u64 = 1;
 
 /// An ivshmem server: listening, and handing out its region while [`Server::serve`] runs.
 ///
@@ -72,14 +65,9 @@ const LISTENER: u64 = 1;
 #[derive(Debug)]
 pub struct Server {
     options: ServerOptions,
-    epoll: Epoll,
-    stop: Arc<EventFd>,
-    socket: Socket,
+    serving: Serving,
     memory: Memory,
     state: Mutex<State>,
-    /// Held by the thread that serves.
-    serving: Mutex<()>,
-    generation: u32,
 }
 
 /// What changes while serving.
@@ -89,7 +77,7 @@ struct State {
     /// Of those ids, and of all that were given out before.
     eventfds: EventFds,
     ids: Ids,
-    admission: Admission,
+    /// From 1. The key of a client in the epoll is `serial << 16 | id`, so of no other descriptor.
     next_serial: u64,
     retry: Retry,
     joined: u64,
@@ -99,13 +87,43 @@ struct State {
 
 /// Ends [`Server::serve`], from any thread.
 #[derive(Clone, Debug)]
-pub struct ServerHandle(Arc<EventFd>);
+pub struct ServerHandle(Stop);
 
 impl ServerHandle {
     /// Makes [`Server::serve`] return soon; if it does not run now, then its next call at once.
     pub fn stop(&self) {
-        // Fails only in a forked child, where there is nothing to stop.
-        let _ = self.0.notify();
+        self.0.stop();
+    }
+}
+
+impl Daemon for Server {
+    type Event = Event;
+    const NAME: &'static str = "ivshmem server";
+
+    fn next_look(&self) -> Option<Instant> {
+        lock(&self.state).retry.at()
+    }
+
+    fn turn<'a>(&self, ready: impl Iterator<Item = &'a EpollEvent>, events: &mut Vec<Event>) {
+        let state = &mut *lock(&self.state);
+        for event in ready {
+            self.client_ready(state, event.key(), event.events(), events);
+        }
+        if state.retry.is_due(Instant::now()) {
+            self.flush_all(state);
+        }
+    }
+
+    fn meet(&self, arrived: Result<Fd, String>, events: &mut Vec<Event>) {
+        let state = &mut *lock(&self.state);
+        if let Err(reason) = arrived.and_then(|socket| self.join(state, socket, events)) {
+            state.refused += 1;
+            events.push(Event::Refused { reason });
+        }
+    }
+
+    fn paused(reason: String) -> Event {
+        Event::Paused { reason }
     }
 }
 
@@ -113,48 +131,39 @@ impl Server {
     /// Makes the region and listens; clients wait until [`Server::serve`].
     ///
     /// # Errors
-    /// [`Error::ApiMisuse`] for options that cannot be; [`Error::Device`] if the path or the
-    /// memory cannot be had, [`Error::Region`] if the file holds something else.
+    /// [`crate::Error::ApiMisuse`] for options that cannot be; [`crate::Error::Device`] if the path or the
+    /// memory cannot be had, [`crate::Error::Region`] if the file holds something else.
     pub fn new(options: ServerOptions) -> Result<Self> {
         options.judge()?;
         // The socket first: of the two it is the one that is often refused, and leaves nothing.
         let socket = Socket::bind(Kind::Host, &options.path, options.mode, None)?;
         let memory = Memory::new(&options.backing)?;
-        let epoll = Epoll::new()?;
-        let admission = Admission::new(&socket, &epoll, LISTENER)?;
         let ids = Ids::new(options.ids, memory.first_id());
-        let server = Self {
-            epoll,
-            stop: Arc::new(EventFd::new()?),
-            socket,
+        Ok(Self {
+            serving: Serving::new(socket)?,
             memory,
             state: Mutex::new(State {
                 clients: BTreeMap::new(),
                 eventfds: EventFds::new(),
                 ids,
-                admission,
                 next_serial: 1,
                 retry: Retry::default(),
                 joined: 0,
                 left: 0,
                 refused: 0,
             }),
-            serving: Mutex::new(()),
-            generation: fork::generation(),
             options,
-        };
-        server.epoll.add(&*server.stop, poll::IN, STOP)?;
-        Ok(server)
+        })
     }
 
     /// Ends [`Server::serve`] from elsewhere.
     pub fn handle(&self) -> ServerHandle {
-        ServerHandle(Arc::clone(&self.stop))
+        ServerHandle(self.serving.stop())
     }
 
     /// Where clients connect.
     pub fn path(&self) -> &Path {
-        self.socket.path()
+        self.serving.path()
     }
 
     /// Serves until [`ServerHandle::stop`], and tells `on_event` what happens.
@@ -162,8 +171,8 @@ impl Server {
     /// Clients stay connected when it returns, and are served on when it is called again.
     ///
     /// # Errors
-    /// Whatever [`Host::interrupted`] gives after a signal; [`Error::ApiMisuse`] if another thread
-    /// is serving, [`Error::Forked`] in a forked child, [`Error::Os`] if waiting fails.
+    /// Whatever [`Host::interrupted`] gives after a signal; [`crate::Error::ApiMisuse`] if another thread
+    /// is serving, [`crate::Error::Forked`] in a forked child, [`crate::Error::Os`] if waiting fails.
     pub fn serve(&self, host: &impl Host, on_event: impl FnMut(Event)) -> Result<()> {
         self.serve_for(Timeout::Never, host, on_event)
     }
@@ -177,53 +186,17 @@ impl Server {
         &self,
         time: Timeout,
         host: &impl Host,
-        mut on_event: impl FnMut(Event),
+        on_event: impl FnMut(Event),
     ) -> Result<()> {
-        self.judge_process()?;
-        let _serving = match self.serving.try_lock() {
-            Ok(guard) => guard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::ApiMisuse("this ivshmem server is being served already".into()))
-            }
-        };
-        let deadline = time.deadline();
-        let mut ready = [EpollEvent::default(); 64];
-        let mut events = Vec::new();
-        loop {
-            if host.handles_signals() {
-                // One that came while an event was told, for instance.
-                host.interrupted()?;
-            }
-            // Over: look once more, without waiting.
-            let left = deadline.left().unwrap_or(Some(Duration::ZERO));
-            let look = lock(&self.state)
-                .next_look()
-                .map(|when| when.saturating_duration_since(Instant::now()));
-            let timeout = look.into_iter().chain(left).min();
-            let waited = host.blocking(|| self.epoll.wait(&mut ready, timeout));
-            let ready = match waited {
-                Ok(count) => &ready[..count],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                    host.interrupted()?;
-                    continue;
-                }
-                Err(error) => return Err(error.into()),
-            };
-            let stopped = self.turn(ready, &mut events);
-            events.drain(..).for_each(&mut on_event);
-            if stopped || left == Some(Duration::ZERO) {
-                return Ok(());
-            }
-        }
+        self.serving.run(self, time, host, on_event)
     }
 
     /// What there is now.
     ///
     /// # Errors
-    /// [`Error::Forked`] in a forked child.
+    /// [`crate::Error::Forked`] in a forked child.
     pub fn status(&self) -> Result<Status> {
-        self.judge_process()?;
+        self.serving.judge_process()?;
         let state = lock(&self.state);
         let region = self.memory.region();
         let held: BTreeSet<u16> =
@@ -255,42 +228,6 @@ impl Server {
         })
     }
 
-    fn judge_process(&self) -> Result<()> {
-        if fork::is_current(self.generation) {
-            Ok(())
-        } else {
-            Err(Error::Forked)
-        }
-    }
-
-    /// Handles what is ready; whether to stop.
-    fn turn(&self, ready: &[EpollEvent], events: &mut Vec<Event>) -> bool {
-        let mut state = lock(&self.state);
-        let state = &mut *state;
-        let (mut stopped, mut newcomers) = (false, false);
-        for event in ready {
-            match event.key() {
-                STOP => stopped = true,
-                LISTENER => newcomers = true,
-                key => self.client_ready(state, key, event.events(), events),
-            }
-        }
-        let now = Instant::now();
-        if state.retry.is_due(now) {
-            self.flush_all(state);
-        }
-        newcomers |= state.admission.resume(&self.socket, &self.epoll, now);
-        // After the leavers, whose ids and descriptors may be needed.
-        if newcomers {
-            self.accept(state, events);
-        }
-        if stopped {
-            // It is drained by the call that obeys it.
-            let _ = self.stop.drain();
-        }
-        stopped
-    }
-
     /// A client has read, or has ended.
     fn client_ready(&self, state: &mut State, key: u64, found: u32, events: &mut Vec<Event>) {
         #[allow(clippy::cast_possible_truncation)] // the low 16 bits are the id
@@ -310,7 +247,7 @@ impl Server {
     fn leave(&self, state: &mut State, id: u16, events: &mut Vec<Event>) {
         let Some(client) = state.clients.remove(&id) else { return };
         // Closing would do, were the socket not shared with a child that is being forked.
-        let _ = self.epoll.remove(&client.socket);
+        let _ = self.serving.epoll().remove(&client.socket);
         drop(client);
         // Before anybody can be told or be given this id: what it held in the region is nobody's.
         let slots = self.memory.mark_leaver(id);
@@ -337,23 +274,6 @@ impl Server {
         }
     }
 
-    /// Takes newcomers in.
-    fn accept(&self, state: &mut State, events: &mut Vec<Event>) {
-        for _ in 0..ACCEPTS {
-            let refusal = match state.admission.next(&self.socket, &self.epoll) {
-                Arrival::Newcomer(socket) => self.join(state, socket, events).err(),
-                Arrival::TurnedAway(reason) => Some(reason),
-                Arrival::Gone => None,
-                Arrival::Nobody => return,
-                Arrival::Paused(reason) => return events.push(Event::Paused { reason }),
-            };
-            if let Some(reason) = refusal {
-                state.refused += 1;
-                events.push(Event::Refused { reason });
-            }
-        }
-    }
-
     /// Takes a newcomer in, or says why it cannot be.
     fn join(&self, state: &mut State, socket: Fd, events: &mut Vec<Event>) -> Result<(), String> {
         let count = state.clients.len();
@@ -374,7 +294,8 @@ impl Server {
         let serial = state.next_serial;
         state.next_serial += 1;
         // Edge-triggered: one event each time it reads, one when it ends. What it sends is not read.
-        self.epoll
+        self.serving
+            .epoll()
             .add(&socket, poll::OUT | poll::ET, serial << 16 | u64::from(id))
             .map_err(|error| format!("it cannot be watched: {error}"))?;
         let outbox = Outbox::new(id, self.options.vectors, state.clients.keys().copied());
@@ -403,11 +324,5 @@ impl Server {
             (0..self.options.vectors).map(|_| EventFd::new()).collect::<io::Result<_>>()?;
         eventfds.insert(id, vectors);
         Ok(())
-    }
-}
-
-impl State {
-    fn next_look(&self) -> Option<Instant> {
-        self.retry.at().into_iter().chain(self.admission.resumes_at()).min()
     }
 }

@@ -13,9 +13,12 @@ use super::Socket;
 /// When to accept again after even refusing was not possible.
 const RESUME: Duration = Duration::from_secs(1);
 
+/// Connections accepted before others get a turn.
+const ACCEPTS: usize = 64;
+
 /// Accepts from a [`Socket`] that an [`Epoll`] watches.
 #[derive(Debug)]
-pub(crate) struct Admission {
+pub(super) struct Admission {
     /// Of the socket, in the epoll.
     key: u64,
     /// Given up for a moment to turn a newcomer away when there are no more descriptors.
@@ -26,7 +29,7 @@ pub(crate) struct Admission {
 
 /// Who has come.
 #[derive(Debug)]
-pub(crate) enum Arrival {
+enum Arrival {
     Newcomer(Fd),
     /// One was refused for this reason.
     TurnedAway(String),
@@ -40,13 +43,33 @@ pub(crate) enum Arrival {
 
 impl Admission {
     /// Has `epoll` watch `socket` as `key`.
-    pub(crate) fn new(socket: &Socket, epoll: &Epoll, key: u64) -> io::Result<Self> {
+    pub(super) fn new(socket: &Socket, epoll: &Epoll, key: u64) -> io::Result<Self> {
         epoll.add(socket, poll::IN, key)?;
         Ok(Self { key, spare: Some(EventFd::new()?), resume: None })
     }
 
+    /// Has `meet` take those in who wait, or be told why one was turned away. Why nobody is accepted for
+    /// a while, if so.
+    pub(super) fn accept(
+        &mut self,
+        socket: &Socket,
+        epoll: &Epoll,
+        mut meet: impl FnMut(Result<Fd, String>),
+    ) -> Option<String> {
+        for _ in 0..ACCEPTS {
+            match self.next(socket, epoll) {
+                Arrival::Newcomer(newcomer) => meet(Ok(newcomer)),
+                Arrival::TurnedAway(reason) => meet(Err(reason)),
+                Arrival::Gone => {}
+                Arrival::Nobody => return None,
+                Arrival::Paused(reason) => return Some(reason),
+            }
+        }
+        None
+    }
+
     /// Takes the next newcomer, if one waits.
-    pub(crate) fn next(&mut self, socket: &Socket, epoll: &Epoll) -> Arrival {
+    fn next(&mut self, socket: &Socket, epoll: &Epoll) -> Arrival {
         if self.resume.is_some() {
             return Arrival::Nobody;
         }
@@ -67,12 +90,12 @@ impl Admission {
     }
 
     /// When [`Admission::resume`] is to be called, if it is.
-    pub(crate) fn resumes_at(&self) -> Option<Instant> {
+    pub(super) fn resumes_at(&self) -> Option<Instant> {
         self.resume
     }
 
     /// Accepts again, if it is time; whether somebody may wait.
-    pub(crate) fn resume(&mut self, socket: &Socket, epoll: &Epoll, now: Instant) -> bool {
+    pub(super) fn resume(&mut self, socket: &Socket, epoll: &Epoll, now: Instant) -> bool {
         let due = self.resume.is_some_and(|when| when <= now);
         if due {
             self.resume = None;
