@@ -31,39 +31,39 @@
 mod access;
 mod client;
 mod device;
+mod newcomer;
 mod options;
 mod region;
 mod status;
 #[cfg(test)]
 mod tests;
+mod turn;
 mod vectors;
 mod vfio;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ivsmc_proto::agent::{AgentMessage, Welcome};
 use ivsmc_proto::proof::Witness;
 use ivsmc_proto::region::Region;
-use ivsmc_proto::slot::SlotRef;
-use ivsmc_shm::fd::Fd;
 use ivsmc_shm::file;
 use ivsmc_shm::mapping::Mapping;
-use ivsmc_shm::poll::{self, EpollEvent};
+use ivsmc_shm::poll;
 
 use self::access::Access;
-use self::client::{refuse, Client, Enclosed, Letter, Newcomer, Said};
+use self::client::Client;
 use self::device::OwnedDevice;
+use self::newcomer::Newcomer;
 use self::region::Slots;
 use self::vectors::Vectors;
 use crate::boot;
 use crate::device::Kind;
 use crate::host::{Host, Timeout};
 use crate::reactor::lock;
-use crate::socket::{descriptors_ended, Daemon, Retry, Serving, Socket, Stop, FIRST_KEY};
+use crate::socket::{Retry, Serving, Socket, Stop, FIRST_KEY};
 use crate::{Error, Result};
 
 pub use self::options::AgentOptions;
@@ -72,8 +72,6 @@ pub use self::status::{ClientStatus, Event, Status, Who};
 
 /// See [`Agent::patience`].
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Newcomers that may be about to say what they want; then the oldest goes.
-const NEWCOMERS: usize = 64;
 
 /// Keys of the epoll; those of connections are above.
 const FIRST_VECTOR: u64 = FIRST_KEY;
@@ -121,48 +119,6 @@ impl AgentHandle {
     /// Makes [`Agent::serve`] return soon; if it does not run now, then its next call at once.
     pub fn stop(&self) {
         self.0.stop();
-    }
-}
-
-impl Daemon for Agent {
-    type Event = Event;
-    const NAME: &'static str = "agent";
-
-    fn next_look(&self) -> Option<Instant> {
-        let state = lock(&self.state);
-        let late = state.newcomers.first_key_value().map(|(_, newcomer)| newcomer.until);
-        state.retry.at().into_iter().chain(late).min()
-    }
-
-    fn turn<'a>(&self, ready: impl Iterator<Item = &'a EpollEvent>, events: &mut Vec<Event>) {
-        let mut state = lock(&self.state);
-        let state = &mut *state;
-        for event in ready {
-            match event.key() {
-                FIRST_VECTOR => state.vectors.relay_first(),
-                LAST_VECTOR => state.vectors.relay_last(),
-                key if state.clients.contains_key(&key) => {
-                    self.client_ready(state, key, event.events(), events);
-                }
-                key => self.hear(state, key, events),
-            }
-        }
-        let now = Instant::now();
-        self.send_away_late(state, now, events);
-        if state.retry.is_due(now) {
-            self.flush_all(state);
-        }
-    }
-
-    fn meet(&self, arrived: Result<Fd, String>, events: &mut Vec<Event>) {
-        let state = &mut *lock(&self.state);
-        if let Err(reason) = arrived.and_then(|socket| self.greet(state, socket, events)) {
-            state.refuse(reason, events);
-        }
-    }
-
-    fn paused(reason: String) -> Event {
-        Event::Paused { reason }
     }
 }
 
@@ -291,168 +247,6 @@ impl Agent {
             died: state.died,
             refused: state.refused,
         })
-    }
-
-    /// A client has read, or has ended.
-    fn client_ready(&self, state: &mut State, key: u64, found: u32, events: &mut Vec<Event>) {
-        if found & (poll::HUP | poll::ERR) != 0 {
-            return self.leave(state, key, events);
-        }
-        let Some(client) = state.clients.get_mut(&key) else { return };
-        state.retry.note(client.flush(self.device.descriptor()));
-    }
-
-    /// Takes the client `key`, whose connection has ended, out.
-    fn leave(&self, state: &mut State, key: u64, events: &mut Vec<Event>) {
-        let Some(client) = state.clients.remove(&key) else { return };
-        // Closing would do, were the socket not shared with a child that is being forked.
-        let _ = self.serving.epoll().remove(&client.socket);
-        let Client { who, slot, .. } = client;
-        // Before its vector can be given to another: what it held in the region is nobody's.
-        let died = self.slots.take_back(slot);
-        state.vectors.take_back(&*self.device, key);
-        state.left += 1;
-        if died {
-            state.died += 1;
-            // Sessions on other machines see their TCP connections end, as those here do.
-            state.vectors.notify_departures();
-        }
-        events.push(if died {
-            Event::Died { who, slot: slot.to_string() }
-        } else {
-            Event::Left { who }
-        });
-    }
-
-    fn flush_all(&self, state: &mut State) {
-        for client in state.clients.values_mut() {
-            state.retry.note(client.flush(self.device.descriptor()));
-        }
-    }
-
-    /// Hears a newcomer, or says why not.
-    fn greet(&self, state: &mut State, socket: Fd, events: &mut Vec<Event>) -> Result<(), String> {
-        let who = match self.access.judge(&socket) {
-            Ok(credentials) => Who::from(credentials),
-            Err(reason) => {
-                refuse(&socket, &reason);
-                return Err(reason);
-            }
-        };
-        if state.newcomers.len() >= NEWCOMERS {
-            // Who speaks at once, as every client does, never becomes the oldest.
-            if let Some((_, oldest)) = state.newcomers.pop_first() {
-                let _ = self.serving.epoll().remove(&oldest.socket);
-                state.refuse(format!("{} said nothing while others came", oldest.who), events);
-            }
-        }
-        let key = state.next_key;
-        state.next_key += 1;
-        self.serving
-            .epoll()
-            .add(&socket, poll::IN, key)
-            .map_err(|error| format!("it cannot be watched: {error}"))?;
-        state.newcomers.insert(key, Newcomer::new(socket, who, Instant::now() + self.patience));
-        // It has spoken already, as a rule.
-        self.hear(state, key, events);
-        Ok(())
-    }
-
-    /// Hears what the newcomer `key` says.
-    fn hear(&self, state: &mut State, key: u64, events: &mut Vec<Event>) {
-        let Some(newcomer) = state.newcomers.get_mut(&key) else { return };
-        let said = newcomer.hear();
-        if said == Said::Part {
-            return;
-        }
-        let Some(Newcomer { socket, who, .. }) = state.newcomers.remove(&key) else { return };
-        let admitted = match said {
-            Said::Wrong(reason) => Err(reason),
-            Said::Part | Said::Hello => self.admit(state, key, &socket),
-        };
-        let reason = match admitted {
-            Ok(Admitted { slot, vector, outbox }) => {
-                state.joined += 1;
-                let is_shared = state.vectors.is_shared(key);
-                events.push(Event::Joined { who, slot: slot.to_string(), vector, is_shared });
-                let since = Instant::now();
-                let client = Client { socket, who, since, slot, vector, outbox };
-                state.clients.insert(key, client);
-                return self.flush_all(state);
-            }
-            Err(reason) => reason,
-        };
-        refuse(&socket, &reason);
-        let _ = self.serving.epoll().remove(&socket);
-        state.refuse(format!("{who}: {reason}"), events);
-    }
-
-    /// Gives a newcomer all that a client has, or says why it cannot be.
-    fn admit(&self, state: &mut State, key: u64, socket: &Fd) -> Result<Admitted, String> {
-        let count = state.clients.len();
-        if count >= self.options.max_clients {
-            return Err(format!("{count} processes use it, as many as may (max_clients)"));
-        }
-        // Edge-triggered: one event each time it reads, one when it ends. What it sends is not read.
-        self.serving
-            .epoll()
-            .modify(socket, poll::OUT | poll::ET, key)
-            .map_err(|error| format!("it cannot be watched: {error}"))?;
-        let (vector, bells) =
-            state.vectors.give(&*self.device, key).map_err(|error| descriptors_ended(&error))?;
-        let Some(slot) = self.slots.claim() else {
-            state.vectors.take_back(&*self.device, key);
-            let slots = self.slots.region().geometry().slots();
-            return Err(format!(
-                "all {slots} peer slots of its region are taken; a larger region has more of them"
-            ));
-        };
-        let welcome = Welcome {
-            ivposition: self.device.ivposition(),
-            vector,
-            slot,
-            uuid: self.slots.region().uuid(),
-            memory: self.device.memory(),
-            registers: self.device.registers(),
-            can_map_registers: self.device.can_map_registers(),
-        };
-        let eventfd = |message, eventfd| Letter::new(&message, Enclosed::EventFd(eventfd));
-        let welcome = Letter::new(&AgentMessage::Welcome(welcome), Enclosed::Device);
-        let outbox = [welcome, eventfd(AgentMessage::Doorbell, bells.doorbell)]
-            .into_iter()
-            .chain(bells.departures.map(|bell| eventfd(AgentMessage::Departures, bell)))
-            .collect();
-        Ok(Admitted { slot, vector, outbox })
-    }
-
-    /// Sends newcomers away whose time is over.
-    fn send_away_late(&self, state: &mut State, now: Instant, events: &mut Vec<Event>) {
-        // All have the same patience, so the oldest ones are first.
-        while let Some(first) = state.newcomers.first_entry() {
-            if first.get().until > now {
-                return;
-            }
-            let Newcomer { socket, who, .. } = first.remove();
-            let _ = self.serving.epoll().remove(&socket);
-            state.refuse(
-                format!("{who} has said nothing for {} s", self.patience.as_secs()),
-                events,
-            );
-        }
-    }
-}
-
-/// What a newcomer is given.
-struct Admitted {
-    slot: SlotRef,
-    vector: u16,
-    outbox: VecDeque<Letter>,
-}
-
-impl State {
-    fn refuse(&mut self, reason: String, events: &mut Vec<Event>) {
-        self.refused += 1;
-        events.push(Event::Refused { reason });
     }
 }
 
