@@ -1,28 +1,25 @@
 //! `Agent`: the owner of a guest's device, for Python.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use ivsmc::agent::{self, AgentOptions};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use crate::detach::detach;
 use crate::errors;
-use crate::serving::serve;
+use crate::serving::{serve, Open};
 
 /// The owner of an ivshmem device of this virtual machine, for the machine's processes.
 #[pyclass(frozen, module = "ivsmc._native")]
 pub(crate) struct Agent {
-    /// `None` once closed; a thread that serves holds a clone.
-    open: Mutex<Option<Arc<agent::Agent>>>,
+    open: Open<agent::Agent>,
 }
 
 impl Agent {
     fn agent(&self) -> PyResult<Arc<agent::Agent>> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.clone().ok_or_else(|| PyValueError::new_err("the agent is closed"))
+        self.open.get("agent")
     }
 }
 
@@ -45,7 +42,7 @@ impl Agent {
             agent::Agent::new(AgentOptions { mode, group, ..defaults }, address)
         })
         .map_err(|error| errors::to_python(py, error))?;
-        Ok(Self { open: Mutex::new(Some(Arc::new(agent))) })
+        Ok(Self { open: Open::new(agent) })
     }
 
     /// Serve clients for at most ``poll`` seconds, running signal handlers; then return.
@@ -89,11 +86,7 @@ impl Agent {
 
     /// Stop: remove the socket. Clients keep the device. Idempotent.
     fn close(&self, py: Python<'_>) {
-        let agent = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(agent) = agent {
-            agent.handle().stop();
-            detach(py, || drop(agent));
-        }
+        self.open.close(py, |agent| agent.handle().stop());
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

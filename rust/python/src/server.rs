@@ -1,28 +1,25 @@
 //! `Server`: the ivshmem server for Python.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use ivsmc::server::{self, Backing, ServerOptions};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use crate::detach::detach;
 use crate::errors;
-use crate::serving::serve;
+use crate::serving::{serve, Open};
 
 /// An ivshmem server, speaking QEMU's protocol on the Unix socket `path`.
 #[pyclass(frozen, module = "ivsmc._native")]
 pub(crate) struct Server {
-    /// `None` once closed; a thread that serves holds a clone.
-    open: Mutex<Option<Arc<server::Server>>>,
+    open: Open<server::Server>,
 }
 
 impl Server {
     fn server(&self) -> PyResult<Arc<server::Server>> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.clone().ok_or_else(|| PyValueError::new_err("the ivshmem server is closed"))
+        self.open.get("ivshmem server")
     }
 }
 
@@ -45,7 +42,7 @@ impl Server {
         let options = ServerOptions { mode, backing, vectors, ..ServerOptions::new(path) };
         let server = detach(py, || server::Server::new(options))
             .map_err(|error| errors::to_python(py, error))?;
-        Ok(Self { open: Mutex::new(Some(Arc::new(server))) })
+        Ok(Self { open: Open::new(server) })
     }
 
     /// Serve clients for at most ``poll`` seconds, running signal handlers; then return.
@@ -86,11 +83,7 @@ impl Server {
 
     /// Stop: drop the clients and remove the socket. Idempotent.
     fn close(&self, py: Python<'_>) {
-        let server = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(server) = server {
-            server.handle().stop();
-            detach(py, || drop(server));
-        }
+        self.open.close(py, |server| server.handle().stop());
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
