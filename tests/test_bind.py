@@ -194,6 +194,28 @@ def test_what_was_done_is_undone_when_a_step_fails(guest: Guest, broken: str) ->
     assert undone == done[::-1]
 
 
+@pytest.mark.parametrize("lines", range(6))
+def test_what_was_done_is_undone_when_nobody_reads(guest: Guest, lines: int) -> None:
+    """As with ``ivsmc bind | head -2``: each line may be the last that somebody reads."""
+    guest.add(group=None, driver="uio_pci_generic")
+    guest.has_driver("vfio-pci")
+    guest.make(NOIOMMU, "N\n")
+    before = guest.snapshot()
+    read: list[str] = []
+
+    def say(text: str) -> None:
+        if len(read) == lines:
+            raise BrokenPipeError
+        read.append(text)
+
+    wish = Wish(unsafe_noiommu=True, mode=0o666, persist=True)
+    steps = binding.bound(guest, pci.named(guest, None), wish)
+    with pytest.raises(BrokenPipeError):
+        carry_out(steps, say, dry_run=False)
+    assert len(read) == lines
+    assert guest.snapshot() == before
+
+
 def test_a_device_that_vfio_does_not_take(guest: Guest) -> None:
     """The probe itself says nothing: the driver that is not there does."""
     path = guest.add(group=None)

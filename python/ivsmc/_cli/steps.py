@@ -1,5 +1,6 @@
 """Changes to a machine, one step at a time: shown as the shell would do them, undone on failure."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -53,8 +54,10 @@ def _undo(done: list[Step], say: Callable[[str], None]) -> None:
     for step in reversed(done):
         if step.undo is None:
             continue
+        text = f"- undone: {step.command}"
         try:
             step.undo()
-            say(f"- undone: {step.command}")
         except OSError as error:  # the first failure is what the caller hears of
-            say(f"- not undone: {step.command}: {error.strerror or error}")
+            text = f"- not undone: {step.command}: {error.strerror or error}"
+        with contextlib.suppress(OSError):  # who reads this may have gone: the rest is undone too
+            say(text)
