@@ -22,8 +22,6 @@ _DRIVER = "vfio-pci"
 _DRIVERS = "/sys/bus/pci/drivers"
 _PROBE = "/sys/bus/pci/drivers_probe"
 _NOIOMMU = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
-_BRIDGE = 0x0604
-"""PCI class of bridges: VFIO takes a group that has them, with their driver."""
 
 
 @dataclass(frozen=True)
@@ -156,28 +154,21 @@ def _for_sysfs(machine: Machine, device: PciDevice, wish: Wish, gid: int | None)
 
 
 def _refuse_without_iommu(machine: Machine, device: PciDevice) -> NoReturn:
-    cure = (
-        "this VM has an Intel IOMMU that Linux does not use: boot it with intel_iommu=on"
-        if machine.exists("/sys/firmware/acpi/tables/DMAR")
-        else "give the VM an IOMMU (`ivsmc qemu-args` and `ivsmc xml`, on the host, print the "
-        "options) and boot it with intel_iommu=on"
-    )
+    lack, cure = pci.lack_of_iommu(machine)
     raise Refused(
-        f"{device.address} is in no IOMMU group, without which VFIO is unsafe; {cure}. Unbound it "
-        f"works as pci:{device.address}, woken over TCP; --unsafe-noiommu binds it all the same"
+        f"{device.address} is in no IOMMU group, without which VFIO is unsafe: {lack}; {cure}. "
+        f"Unbound it works as pci:{device.address}, woken over TCP; --unsafe-noiommu binds it all "
+        "the same"
     )
 
 
 def _judge_group(machine: Machine, device: PciDevice) -> None:
     """Refuse a group that VFIO would not open, because another driver holds a part of it."""
-    for address in machine.names(f"/sys/kernel/iommu_groups/{device.group}/devices"):
-        driver = machine.target(f"{pci.DEVICES}/{address}/driver")
-        kind = int(machine.read(f"{pci.DEVICES}/{address}/class") or "0", 16) >> 8
-        if address != device.address and driver not in (None, _DRIVER) and kind != _BRIDGE:
-            raise Refused(
-                f"IOMMU group {device.group} of {device.address} also holds {address}, which the "
-                f"driver {driver} has; put the ivshmem device directly on the VM's pcie.0"
-            )
+    for address, driver in pci.in_the_way(machine, device).items():
+        raise Refused(
+            f"IOMMU group {device.group} of {device.address} also holds {address}, which the "
+            f"driver {driver} has; put the ivshmem device directly on the VM's pcie.0"
+        )
 
 
 def _load(machine: Machine) -> None:

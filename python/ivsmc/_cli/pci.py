@@ -5,11 +5,22 @@ from dataclasses import dataclass
 
 from ivsmc._cli.machine import Machine, Refused
 
-__all__ = ["DEVICES", "PciDevice", "describe", "find", "named"]
+__all__ = [
+    "DEVICES",
+    "PciDevice",
+    "describe",
+    "find",
+    "in_the_way",
+    "lack_of_iommu",
+    "named",
+    "neighbours",
+]
 
 DEVICES = "/sys/bus/pci/devices"
 IVSHMEM = (0x1AF4, 0x1110)
 """Vendor and device number of every ivshmem device."""
+_BRIDGE = 0x0604
+"""PCI class of bridges: VFIO takes a group that has them, with their driver."""
 
 _ADDRESS = re.compile(r"(?:(?:vfio|pci):)?(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])")
 
@@ -109,6 +120,40 @@ def describe(machine: Machine, address: str) -> PciDevice:
         is_noiommu=machine.read(f"{path}/iommu_group/name") == "vfio-noiommu",
         has_doorbell=bars[1] > 0,
         size=bars[2],
+    )
+
+
+def neighbours(machine: Machine, device: PciDevice) -> dict[str, str | None]:
+    """Return the others in the IOMMU group of ``device``, with their drivers."""
+    return {
+        address: machine.target(f"{DEVICES}/{address}/driver")
+        for address in machine.names(f"/sys/kernel/iommu_groups/{device.group}/devices")
+        if address != device.address
+    }
+
+
+def in_the_way(machine: Machine, device: PciDevice) -> dict[str, str]:
+    """Return the neighbours because of which VFIO does not open the group, with their drivers."""
+    return {
+        address: driver
+        for address, driver in neighbours(machine, device).items()
+        if driver is not None
+        and driver != "vfio-pci"
+        and _number(machine, f"{DEVICES}/{address}/class") >> 8 != _BRIDGE
+    }
+
+
+def lack_of_iommu(machine: Machine) -> tuple[str, str]:
+    """Return why this VM's devices are in no IOMMU group, and what mends it."""
+    if machine.exists("/sys/firmware/acpi/tables/DMAR"):
+        return (
+            "the VM has an Intel IOMMU that Linux does not use",
+            "boot with intel_iommu=on (GRUB_CMDLINE_LINUX in /etc/default/grub)",
+        )
+    return (
+        "the VM has no IOMMU",
+        "start the VM with one (ivsmc qemu-args and ivsmc xml, on the host, print the options), "
+        "and boot it with intel_iommu=on",
     )
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from ivsmc._cli import pci
 from ivsmc._cli.checks.finding import Finding, Scene, note, ok, wrong
 
-_BRIDGE = 0x0604
-
 
 def present(scene: Scene) -> Iterator[Finding]:
     """Look for devices of a revision that works."""
@@ -57,13 +55,8 @@ def iommu(scene: Scene) -> Iterator[Finding]:
         if not device.has_doorbell:
             continue
         if device.group is None:
-            if machine.exists("/sys/firmware/acpi/tables/DMAR"):
-                text = "the VM has an Intel IOMMU that Linux does not use"
-                cure = "boot with intel_iommu=on (GRUB_CMDLINE_LINUX in /etc/default/grub)"
-            else:
-                text = "the VM has no IOMMU"
-                cure = "start the VM with one: ivsmc qemu-args (or ivsmc xml), on the host"
-            yield scene.if_guest(f"{device.address} is in no IOMMU group: {text}", cure)
+            lack, cure = pci.lack_of_iommu(machine)
+            yield scene.if_guest(f"{device.address} is in no IOMMU group: {lack}", cure)
             continue
         if device.is_noiommu:
             yield note(
@@ -72,16 +65,8 @@ def iommu(scene: Scene) -> Iterator[Finding]:
                 "start the VM with an IOMMU: ivsmc qemu-args (or ivsmc xml), on the host",
             )
             continue
-        others = {
-            address: machine.target(f"{pci.DEVICES}/{address}/driver")
-            for address in machine.names(f"/sys/kernel/iommu_groups/{device.group}/devices")
-            if address != device.address
-        }
-        users = [
-            f"{address} ({name})"
-            for address, name in others.items()
-            if name not in (None, "vfio-pci") and not _is_bridge(scene, address)
-        ]
+        others = pci.neighbours(machine, device)
+        users = [f"{other} ({name})" for other, name in pci.in_the_way(machine, device).items()]
         units = ", ".join(machine.names("/sys/class/iommu")) or "IOMMU"
         if users:
             yield wrong(
@@ -156,8 +141,3 @@ def _answer(scene: Scene, path: str) -> Finding:
         except OSError as error:
             return wrong(f"{path} does not answer: {error.strerror or error}", "ivsmc agent")
     return ok(f"the agent answers at {path}")
-
-
-def _is_bridge(scene: Scene, address: str) -> bool:
-    kind = scene.machine.read(f"{pci.DEVICES}/{address}/class") or "0"
-    return int(kind, 16) >> 8 == _BRIDGE
