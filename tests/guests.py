@@ -65,7 +65,9 @@ class Guest(Machine):
         self.make(f"{path}/class", f"0x{kind:06x}\n")
         self.make(f"{path}/driver_override", "(null)\n")
         self.make(f"{path}/enable", "0\n")
-        self.make(f"{path}/resource2")
+        for bar in (0, 2):
+            self.make(f"{path}/resource{bar}")
+            self.at(f"{path}/resource{bar}").chmod(0o600)
         bars = [(0xFEBF1000, 256), (0xFEBF2000, 4096 if doorbell else 0), (0xFE0000000, size)]
         lines = [
             f"0x{start:016x} 0x{start + length - 1:016x} 0x{0x40200:016x}"

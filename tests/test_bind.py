@@ -127,9 +127,11 @@ def test_a_plain_device_needs_no_driver(guest: Guest) -> None:
     path = guest.add(doorbell=False, group=None)
     wish = Wish(group=GROUP, mode=0o600, persist=True)
     guest.at(f"{path}/resource2").chmod(0o644)
+    guest.at(f"{path}/resource0").chmod(0o644)
     steps = bind(guest, wish)
     assert steps[:2] == [f"echo 1 > {path}/enable", f"chmod 600 {path}/resource2"]
     assert driver(guest) is None
+    assert mode(guest, f"{path}/resource0") == 0o644, "its registers do nothing"
     assert binding.spec(pci.named(guest, None)) == f"pci:{BDF}"
     assert (
         f"chgrp {GROUP} {path}/resource2; chmod 600 {path}/resource2" in guest.at(RULE).read_text()
@@ -137,10 +139,43 @@ def test_a_plain_device_needs_no_driver(guest: Guest) -> None:
     assert bind(guest, wish) == []
 
 
+def test_a_doorbell_device_without_vfio(guest: Guest) -> None:
+    """Who may use it may also notify, for which ``resource0`` is."""
+    path = guest.add(group=None)
+    wish = Wish(group=GROUP, no_vfio=True, persist=True)
+    files = [f"{path}/resource2", f"{path}/resource0"]
+    assert bind(guest, wish)[:3] == [
+        f"echo 1 > {path}/enable",
+        *(f"chmod 660 {file}" for file in files),
+    ]
+    assert (driver(guest), guest.exists("/sys/bus/pci/drivers/vfio-pci")) == (None, False)
+    assert binding.spec(pci.named(guest, None)) == f"pci:{BDF}"
+    rule = guest.at(RULE).read_text()
+    assert f"chgrp {GROUP} {' '.join(files)}; chmod 660 {' '.join(files)}'" in rule
+    assert bind(guest, wish) == []
+
+
+@pytest.mark.parametrize(
+    ("has", "cure"),
+    [
+        ("vfio-pci", f"ivsmc unbind {BDF}"),
+        ("uio_pci_generic", f"echo {BDF} > {DRIVERS}/uio_pci_generic/unbind"),
+    ],
+)
+def test_without_vfio_no_driver_is_taken_away(guest: Guest, has: str, cure: str) -> None:
+    guest.add(driver=has)
+    before = guest.snapshot()
+    with pytest.raises(Refused, match=f"ivshmem-doorbell device that the driver {has} has.*{cure}"):
+        bind(guest, Wish(no_vfio=True))
+    assert guest.snapshot() == before
+
+
 def test_without_an_iommu_it_is_refused_in_words(guest: Guest) -> None:
     guest.add(group=None)
     before = guest.snapshot()
-    with pytest.raises(Refused, match=r"has no IOMMU; start the VM with one .*--unsafe-noiommu"):
+    with pytest.raises(
+        Refused, match=r"has no IOMMU; start the VM with one .*--no-vfio.*--unsafe-noiommu"
+    ):
         bind(guest)
     guest.make("/sys/firmware/acpi/tables/DMAR")
     with pytest.raises(Refused, match=r"Linux does not use; boot with intel_iommu=on"):

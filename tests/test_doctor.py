@@ -1,8 +1,13 @@
 """``ivsmc doctor``: what each check finds on machines made for it, and the whole on this one."""
 
+import argparse
+import grp
 import json
+import os
 import re
+import shlex
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +20,7 @@ from commands import command, listening
 from conftest import running_server
 from endpoints import LOOPBACK
 from guests import Guest, MiB
+from ivsmc._cli import bind
 from ivsmc._cli.checks import CHECKS, Finding, Scene, Verdict
 from ivsmc._cli.checks.here import VARIABLES, region
 from ivsmc._cli.doctor import _within
@@ -147,11 +153,63 @@ def nobody_may(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def test_who_may_use_it(guest: Guest, nobody_may: set[str]) -> None:
     path = guest.add()
-    assert finding("access", guest) == (OK, f"{path}/resource2 is usable by this user", "")
+    assert finding("access", guest) == (
+        OK,
+        f"this user may use {path}/resource2 and {path}/resource0",
+        "",
+    )
+    for file in ("resource0", "resource2"):
+        nobody_may.add(f"{path}/{file}")
+        verdict, text, cure = finding("access", guest)
+        nobody_may.clear()
+        assert (verdict, text) == (WRONG, f"this user may not use {path}/{file}")
+        assert cure.endswith(f"ivsmc bind {BDF} --group ivsmc")
+
+
+def test_a_plain_device_is_opened_by_one_file(guest: Guest, nobody_may: set[str]) -> None:
+    path = guest.add(doorbell=False, group=None)
+    nobody_may.add(f"{path}/resource0")
+    assert finding("access", guest)[:2] == (OK, f"this user may use {path}/resource2")
     nobody_may.add(f"{path}/resource2")
+    assert finding("access", guest)[2].endswith(f"ivsmc bind {BDF} --group ivsmc")
+
+
+def carry_out_cure(guest: Guest, cure: str) -> None:
+    """Run the command of a cure, which is for another group, in a VM made of files."""
+    arguments = shlex.split(cure.rpartition("; ")[2])
+    assert arguments[:2] == ["ivsmc", "bind"]
+    arguments[-1] = str(grp.getgrgid(os.getgid()).gr_name)
+    parser = argparse.ArgumentParser()
+    bind.add_parser(parser.add_subparsers())
+    options = parser.parse_args(arguments[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bind, "Machine", lambda: guest)
+        options.run(options)
+
+
+@pytest.mark.parametrize("neighbour", [False, True], ids=["no IOMMU", "a shared group"])
+def test_the_cure_of_a_doorbell_device_that_vfio_does_not_open(
+    guest: Guest, nobody_may: set[str], neighbour: bool
+) -> None:
+    """What the doctor says to do is not refused, and does it."""
+    path = guest.add(group="3" if neighbour else None)
+    if neighbour:
+        numbers = (0x1AF4, 0x1041)
+        guest.add("0000:00:06.0", numbers=numbers, kind=0x020000, driver="virtio-pci")
+    nobody_may.update(f"{path}/{file}" for file in ("resource0", "resource2"))
     verdict, text, cure = finding("access", guest)
-    assert (verdict, text) == (WRONG, f"this user may not use {path}/resource2")
-    assert cure.endswith(f"ivsmc bind {BDF} --group ivsmc")
+    assert (verdict, text) == (
+        WRONG,
+        f"this user may not use {path}/resource2 and {path}/resource0",
+    )
+    before = guest.snapshot()
+    carry_out_cure(guest, cure)
+    changed = {f"/{name}" for name, now in guest.snapshot().items() if now != before[name]}
+    assert changed == {f"{path}/enable", f"{path}/resource0", f"{path}/resource2"}
+    assert guest.read(f"{path}/enable") == "1"
+    for file in ("resource0", "resource2"):
+        assert stat.S_IMODE(guest.at(f"{path}/{file}").stat().st_mode) == 0o660
+    assert "mend its IOMMU group" in finding("driver", guest)[2]
 
 
 def test_who_may_use_its_group(guest: Guest, nobody_may: set[str]) -> None:
@@ -161,7 +219,7 @@ def test_who_may_use_its_group(guest: Guest, nobody_may: set[str]) -> None:
         "chmod 666 /dev/vfio/vfio",
     )
     guest.make("/dev/vfio/vfio")
-    assert finding("access", guest)[:2] == (OK, "/dev/vfio/3 is usable by this user")
+    assert finding("access", guest)[:2] == (OK, "this user may use /dev/vfio/3")
     nobody_may.add("/dev/vfio/3")
     assert finding("access", guest)[:2] == (WRONG, "this user may not use /dev/vfio/3")
     guest.make("/run/ivsmc/agent.sock")

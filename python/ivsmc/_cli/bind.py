@@ -21,8 +21,8 @@ def add_parser(commands: Commands) -> None:
         description="Make an ivshmem device of this VM usable as vfio:BDF: load vfio-pci, bind "
         "the device to it, set who may open it. An ivshmem-plain device has no interrupts and "
         "needs no driver: its memory is switched on for pci:BDF, and --group and --mode are for "
-        "that. What is so already is left alone; when a step fails, those before it are undone. "
-        "Needs root.",
+        "that; so it is with --no-vfio. What is so already is left alone; when a step fails, those "
+        "before it are undone. Needs root.",
     )
     parser.add_argument(
         "--group", metavar="NAME", help="group that may use the device (mode 660 unless --mode)"
@@ -35,7 +35,14 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="do it at every boot: a udev rule in /etc/udev/rules.d",
     )
-    parser.add_argument(
+    without = parser.add_mutually_exclusive_group()
+    without.add_argument(
+        "--no-vfio",
+        action="store_true",
+        help="leave it unbound, for pci:BDF: where the VM has no IOMMU. Several processes can use "
+        "it then, which notify by doorbells and are themselves woken over TCP",
+    )
+    without.add_argument(
         "--unsafe-noiommu",
         action="store_true",
         help="bind without an IOMMU. Unsafe: the device's interrupts are writes to memory that "
@@ -69,6 +76,7 @@ def run_bind(options: argparse.Namespace) -> int:
         group=options.group,
         mode=options.mode,
         persist=options.persist,
+        no_vfio=options.no_vfio,
         unsafe_noiommu=options.unsafe_noiommu,
         dry_run=options.dry_run,
     )

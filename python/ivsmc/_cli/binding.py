@@ -33,6 +33,8 @@ class Wish:
     mode: int | None = None
     """Permissions."""
     persist: bool = False
+    no_vfio: bool = False
+    """As ``pci:``, also a doorbell device."""
     unsafe_noiommu: bool = False
     dry_run: bool = False
 
@@ -56,7 +58,7 @@ def bound(machine: Machine, device: PciDevice, wish: Wish) -> Iterator[Step]:
             "use ivshmem-doorbell or ivshmem-plain of a newer one"
         )
     gid = _gid(wish.group)
-    if device.has_doorbell:
+    if device.has_doorbell and not wish.no_vfio:
         yield from _for_vfio(machine, device, wish, gid)
     else:
         yield from _for_sysfs(machine, device, wish, gid)
@@ -139,16 +141,22 @@ def _taken(machine: Machine, device: PciDevice, wish: Wish) -> Iterator[Step]:
 
 
 def _for_sysfs(machine: Machine, device: PciDevice, wish: Wish, gid: int | None) -> Iterator[Step]:
-    """Yield what makes a plain device usable through its resource files."""
+    """Yield what makes a device usable through its resource files."""
     if device.driver is not None:
+        cure = (
+            f"ivsmc unbind {device.address}"
+            if device.driver == _DRIVER
+            else f"echo {device.address} > {_DRIVERS}/{device.driver}/unbind"
+        )
         raise Refused(
-            f"{device.address} is an ivshmem-plain device that the driver {device.driver} has; "
-            f"unbind it: echo {device.address} > {_DRIVERS}/{device.driver}/unbind"
+            f"{device.address} is an {device.model} device that the driver {device.driver} has; "
+            f"unbind it: {cure}"
         )
     switch = f"{device.path}/enable"
     if machine.read(switch) == "0":  # not every firmware switches on what it does not use itself
         yield _echo(machine, "1", switch, undo="0")
-    yield from _granted(machine, f"{device.path}/resource2", wish.grant, gid)
+    for path in device.resources:
+        yield from _granted(machine, path, wish.grant, gid)
     if wish.persist:
         yield from _kept(machine, device, udev.sysfs_rule(device, wish.grant))
 
@@ -157,8 +165,8 @@ def _refuse_without_iommu(machine: Machine, device: PciDevice) -> NoReturn:
     lack, cure = pci.lack_of_iommu(machine)
     raise Refused(
         f"{device.address} is in no IOMMU group, without which VFIO is unsafe: {lack}; {cure}. "
-        f"Unbound it works as pci:{device.address}, woken over TCP; --unsafe-noiommu binds it all "
-        "the same"
+        f"Or have it unbound, as pci:{device.address}, woken over TCP: --no-vfio; or bind it all "
+        "the same: --unsafe-noiommu"
     )
 
 
@@ -167,7 +175,8 @@ def _judge_group(machine: Machine, device: PciDevice) -> None:
     for address, driver in pci.in_the_way(machine, device).items():
         raise Refused(
             f"IOMMU group {device.group} of {device.address} also holds {address}, which the "
-            f"driver {driver} has; put the ivshmem device directly on the VM's pcie.0"
+            f"driver {driver} has; put the ivshmem device directly on the VM's pcie.0, or have it "
+            f"unbound, as pci:{device.address}, woken over TCP: --no-vfio"
         )
 
 

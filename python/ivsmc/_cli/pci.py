@@ -11,6 +11,7 @@ __all__ = [
     "describe",
     "find",
     "in_the_way",
+    "is_open_to_vfio",
     "lack_of_iommu",
     "named",
     "neighbours",
@@ -58,6 +59,11 @@ class PciDevice:
     def model(self) -> str:
         """QEMU's name for it."""
         return "ivshmem-doorbell" if self.has_doorbell else "ivshmem-plain"
+
+    @property
+    def resources(self) -> list[str]:
+        """What processes open without VFIO: the region, and where there are doorbells those."""
+        return [f"{self.path}/resource{bar}" for bar in ((2, 0) if self.has_doorbell else (2,))]
 
     @property
     def node(self) -> str | None:
@@ -141,6 +147,11 @@ def in_the_way(machine: Machine, device: PciDevice) -> dict[str, str]:
         and driver != "vfio-pci"
         and _number(machine, f"{DEVICES}/{address}/class") >> 8 != _BRIDGE
     }
+
+
+def is_open_to_vfio(machine: Machine, device: PciDevice) -> bool:
+    """Whether VFIO can open the device, once it is bound, with nothing unsafe."""
+    return device.group is not None and not in_the_way(machine, device)
 
 
 def lack_of_iommu(machine: Machine) -> tuple[str, str]:

@@ -39,12 +39,12 @@ def vfio_rule(device: PciDevice, grant: Grant, before: list[str]) -> str:
 
 def sysfs_rule(device: PciDevice, grant: Grant) -> str:
     """Return what switches the device's memory on when it comes, and says who may use it."""
-    file = f"{device.path}/resource2"
+    files = " ".join(device.resources)
     commands = [f"echo 1 > {device.path}/enable"]
     if grant.group is not None:
-        commands.append(f"chgrp {grant.group} {file}")
+        commands.append(f"chgrp {grant.group} {files}")
     if grant.mode is not None:
-        commands.append(f"chmod {grant.mode:o} {file}")
+        commands.append(f"chmod {grant.mode:o} {files}")
     return _text(device, [f"{_match(device)}, {_run(commands)}"])
 
 

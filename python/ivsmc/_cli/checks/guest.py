@@ -37,7 +37,10 @@ def driver(scene: Scene) -> Iterator[Finding]:
         elif device.has_doorbell:
             has = f"the driver {device.driver}" if device.driver else "no driver"
             yield scene.if_guest(
-                f"{device.address} has {has}: it is used without doorbells, woken over TCP", bind
+                f"{device.address} has {has}: it is used without doorbells, woken over TCP",
+                bind
+                if pci.is_open_to_vfio(scene.machine, device)
+                else f"mend its IOMMU group, see below; then: {bind}",
             )
         elif device.driver:
             yield wrong(
@@ -98,21 +101,24 @@ def access(scene: Scene) -> Iterator[Finding]:
     machine = scene.machine
     for device in scene.ivshmem:
         bound = device.driver == "vfio-pci"
-        path = device.node if bound and device.node else f"{device.path}/resource2"
+        paths = [device.node] if bound and device.node else device.resources
+        missing = [path for path in paths if not machine.exists(path)]
+        barred = [path for path in paths if not machine.is_usable(path)]
         container = "/dev/vfio/vfio"
         if bound and scene.agent_of(device):
-            yield ok(f"{path} is the agent's")
-        elif not machine.exists(path):
-            yield wrong(f"there is no {path}", "in a container: give it /dev/vfio of the VM")
+            yield ok(f"{' and '.join(paths)} is the agent's")
+        elif missing:
+            yield wrong(f"there is no {missing[0]}", "in a container: give it /dev/vfio of the VM")
         elif bound and not (machine.exists(container) and machine.is_usable(container)):
             yield wrong(f"{container} cannot be opened", f"chmod 666 {container}")
-        elif machine.is_usable(path):
-            yield ok(f"{path} is usable by this user")
+        elif not barred:
+            yield ok(f"this user may use {' and '.join(paths)}")
         else:
+            stays = device.has_doorbell and not pci.is_open_to_vfio(machine, device) and not bound
             yield wrong(
-                f"this user may not use {path}",
+                f"this user may not use {' and '.join(barred)}",
                 f"groupadd --system ivsmc; usermod -aG ivsmc $USER; "
-                f"ivsmc bind {device.address} --group ivsmc",
+                f"ivsmc bind {device.address} {'--no-vfio ' if stays else ''}--group ivsmc",
             )
 
 

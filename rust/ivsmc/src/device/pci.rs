@@ -123,6 +123,12 @@ fn registers(function: &Function) -> Result<Option<DoorbellRegisters>, Unusable>
     DoorbellRegisters::new(mapped).map(Some)
 }
 
+/// Whether it is an ivshmem-doorbell device that `ivsmc bind` refuses to give to VFIO.
+fn lacks_iommu(function: &Function) -> bool {
+    let has_interrupts = function.resource(MSIX_TABLE).is_ok_and(|bar| bar.is_some());
+    has_interrupts && function.iommu_group().is_none()
+}
+
 fn refusal(function: &Function, bar: usize, error: &io::Error) -> Unusable {
     let address = function.address();
     let path = function.resource_path(bar);
@@ -133,7 +139,8 @@ fn refusal(function: &Function, bar: usize, error: &io::Error) -> Unusable {
         }
         Some(errno::EACCES | errno::EPERM) => format!(
             "this process has no permission to read and write {shown}; its group can be given it, \
-             as root: ivsmc bind --group GROUP {address}"
+             as root: ivsmc bind {}--group GROUP {address}",
+            if lacks_iommu(function) { "--no-vfio " } else { "" }
         ),
         Some(errno::EINVAL) if function.driver().as_deref() == Some("vfio-pci") => format!(
             "it is with vfio-pci, and a process has it; use it through \"ivsmc agent\", or, as \

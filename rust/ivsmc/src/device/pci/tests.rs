@@ -98,6 +98,11 @@ fn each_refusal_has_its_cure() {
         let function = Function::find(guest.sysfs(), guest.address()).unwrap();
         super::refusal(&function, function::MEMORY, &errno::error(errno)).sentence
     };
+    assert!(said(errno::EACCES).contains("ivsmc bind --no-vfio --group GROUP 0000:00:05.0"));
+    guest.bars(SIZE, false);
+    assert!(said(errno::EACCES).contains("ivsmc bind --group GROUP 0000:00:05.0"));
+    guest.bars(SIZE, true);
+    guest.group("DMA\n");
     assert!(said(errno::EACCES).contains("ivsmc bind --group GROUP 0000:00:05.0"));
     assert!(said(errno::EROFS).contains("read-only"));
     guest.bind("vfio-pci");
