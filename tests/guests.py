@@ -89,15 +89,16 @@ class Guest(Machine):
         for name in ("bind", "unbind"):
             self.make(f"{DRIVERS}/{driver}/{name}")
 
-    def snapshot(self) -> dict[str, tuple[int, str]]:
-        """All files and links with their permissions and contents, but for what is only written."""
+    def snapshot(self) -> dict[str, tuple[int, int, str]]:
+        """All files and links: permissions, groups and contents, but for what is only written."""
         found = {}
         for file in sorted(self.root.rglob("*")):
             name = str(file.relative_to(self.root))
             if file.is_symlink():
-                found[name] = (0, str(file.readlink()))
+                found[name] = (0, 0, str(file.readlink()))
             elif file.is_file() and file.name not in ("bind", "unbind", "drivers_probe"):
-                found[name] = (file.stat().st_mode, file.read_text())
+                status = file.stat()
+                found[name] = (status.st_mode, status.st_gid, file.read_text())
         return found
 
     def write(self, path: str, text: str) -> None:
@@ -156,7 +157,8 @@ class Guest(Machine):
             if group is None:
                 if self.read(NOIOMMU) != "Y":
                     return  # probe fails, and the kernel's log says so
-                group = "0"
+                taken = self.names("/sys/kernel/iommu_groups")
+                group = next(str(n) for n in range(len(taken) + 1) if str(n) not in taken)
                 self._join(address, group, "vfio-noiommu")
             made_up = self.read(f"/sys/kernel/iommu_groups/{group}/name") == "vfio-noiommu"
             node = f"/dev/vfio/{'noiommu-' if made_up else ''}{group}"

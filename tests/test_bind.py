@@ -4,6 +4,7 @@ import grp
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,8 @@ def bind(guest: Guest, wish: Wish | None = None, device: str | None = None) -> l
     return carry_out(binding.bound(guest, found, wish), lambda _: None, dry_run=wish.dry_run)
 
 
-def unbind(guest: Guest) -> list[str]:
-    found = pci.named(guest, None)
+def unbind(guest: Guest, device: str | None = None) -> list[str]:
+    found = pci.named(guest, device)
     return carry_out(binding.unbound(guest, found), lambda _: None, dry_run=False)
 
 
@@ -63,6 +64,54 @@ def test_a_doorbell_device_is_bound_and_taken_back(guest: Guest) -> None:
     ]
     assert guest.snapshot() == before
     assert unbind(guest) == [], "it is not bound"
+
+
+@pytest.mark.parametrize(
+    ("there", "wish"),
+    [
+        ({}, Wish(mode=0o666, persist=True)),
+        ({"group": None}, Wish(mode=0o666, persist=True, unsafe_noiommu=True)),
+        ({"group": None}, Wish(mode=0o666, persist=True, no_vfio=True)),
+        ({"group": None, "doorbell": False}, Wish(mode=0o666, persist=True)),
+    ],
+    ids=["vfio", "no IOMMU", "no VFIO", "plain"],
+)
+def test_unbind_undoes_all_that_bind_did(guest: Guest, there: dict[str, Any], wish: Wish) -> None:
+    guest.add(**there)
+    guest.make(NOIOMMU, "N\n")
+    before = guest.snapshot()
+    bind(guest, wish)
+    assert guest.snapshot() != before
+    unbind(guest)
+    assert guest.snapshot() == before
+    assert unbind(guest) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to any group")
+@pytest.mark.parametrize("doorbell", [False, True])
+def test_unbind_takes_the_files_from_their_group(guest: Guest, doorbell: bool) -> None:
+    other = next(entry for entry in grp.getgrall() if entry.gr_gid != os.getgid())
+    path = guest.add(doorbell=doorbell)
+    bind(guest, Wish(group=other.gr_name, no_vfio=True))
+    resources = [guest.at(file) for file in pci.named(guest, None).resources]
+    assert {file.stat().st_gid for file in resources} == {other.gr_gid}
+    unbind(guest)
+    assert {file.stat().st_gid for file in resources} == {guest.at(path).stat().st_gid}
+
+
+def test_unbind_leaves_other_devices_without_an_iommu(guest: Guest) -> None:
+    """Only after the last of them is VFIO what it was."""
+    guest.make(NOIOMMU, "N\n")
+    wish = Wish(unsafe_noiommu=True)
+    addresses = [BDF, "0000:00:06.0"]
+    for address in addresses:
+        guest.add(address, group=None)
+        bind(guest, wish, address)
+    left = []
+    for address in addresses:
+        unbind(guest, address)
+        left.append(guest.read(NOIOMMU))
+    assert left == ["Y", "N"]
 
 
 def test_a_former_driver_gives_way(guest: Guest) -> None:

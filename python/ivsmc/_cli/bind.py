@@ -53,8 +53,10 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "unbind",
         help="take an ivshmem device back from user space",
-        description="Unbind an ivshmem device from vfio-pci, let other drivers have it, and remove "
-        "the udev rule of ivsmc bind --persist. Refused while a process has it open. Needs root.",
+        description="Unbind an ivshmem device from vfio-pci, let other drivers have it, leave its "
+        "files to root, and remove the udev rule of ivsmc bind --persist; after the last device "
+        "without an IOMMU, VFIO takes no more of them. Refused while a process has it open through "
+        "VFIO. Needs root.",
     )
     _add_common(parser)
     parser.set_defaults(run=run_unbind)

@@ -85,6 +85,9 @@ def unbound(machine: Machine, device: PciDevice) -> Iterator[Step]:
             lambda: machine.write(f"{driver}/bind", device.address),
         )
         yield _echo(machine, device.address, _PROBE)
+        if device.is_noiommu and machine.read(_NOIOMMU) == "Y" and not _made_up_groups(machine):
+            yield _echo(machine, "N", _NOIOMMU, undo="Y")
+    yield from _closed(machine, device)
 
 
 def _for_vfio(machine: Machine, device: PciDevice, wish: Wish, gid: int | None) -> Iterator[Step]:
@@ -159,6 +162,24 @@ def _for_sysfs(machine: Machine, device: PciDevice, wish: Wish, gid: int | None)
         yield from _granted(machine, path, wish.grant, gid)
     if wish.persist:
         yield from _kept(machine, device, udev.sysfs_rule(device, wish.grant))
+
+
+def _closed(machine: Machine, device: PciDevice) -> Iterator[Step]:
+    """Yield what leaves the device's resource files to root, as the kernel made them."""
+    owner = machine.at(device.path).stat().st_gid
+    for path in device.resources:
+        yield from _granted(machine, path, udev.Grant(str(owner), 0o600), owner)
+    switch = f"{device.path}/enable"
+    # It is a count of users; its memory the kernel does not switch off.
+    if device.driver is None and machine.read(switch) not in (None, "0"):
+        yield _echo(machine, "0", switch, undo="1")
+
+
+def _made_up_groups(machine: Machine) -> list[str]:
+    """Return the groups of devices that are bound without an IOMMU."""
+    groups = "/sys/kernel/iommu_groups"
+    names = machine.names(groups)
+    return [name for name in names if machine.read(f"{groups}/{name}/name") == "vfio-noiommu"]
 
 
 def _refuse_without_iommu(machine: Machine, device: PciDevice) -> NoReturn:
