@@ -1,4 +1,4 @@
-"""The test bed itself, and what works between guests without their device: TCP."""
+"""The test bed itself, and what goes between guests in plain TCP."""
 
 import pytest
 
@@ -26,20 +26,26 @@ def test_our_ivshmem_server_serves_them(bed: Bed) -> None:
         assert set(observer.peers.values()) == {VECTORS}
 
 
+@pytest.mark.parametrize("kind", ["doorbell", "plain"])
 @pytest.mark.parametrize("turn", [0, 1], ids=["there", "back"])
-@pytest.mark.parametrize(
-    ("client", "server"), [("plain", "ivsmc"), ("ivsmc", "plain"), ("ivsmc", "ivsmc")]
-)
-def test_plain_tcp_between_guests(bed: Bed, client: str, server: str, turn: int) -> None:
-    """Also of an unmodified program in one with ivsmc in the other; ``local`` is each one's own."""
+@pytest.mark.parametrize(("client", "server"), [("plain", "ivsmc"), ("ivsmc", "plain")])
+def test_an_unmodified_program(bed: Bed, client: str, server: str, turn: int, kind: str) -> None:
+    """It is talked to in plain TCP, though both guests have the device that ivsmc uses."""
     near, far = bed.guests[turn], bed.guests[1 - turn]
-    with far.running(answer_pings, server, "local", PINGS) as answering:
+    with far.running(answer_pings, server, bed.spec(far, kind), PINGS) as answering:
         address = (far.address, answering.receive())
-        ends = near.call(ping, client, "local", address, PINGS), answering.receive()
-    expected = {
-        "plain": Path("socket", None, None),
-        "ivsmc": Path("tcp", None, "PLAIN_CLIENT"),
-    }
-    print(ends)
-    assert ends[1] == expected[server]
-    assert ends[0] == (Path("tcp", None, "PEER_NO_SMC") if client == "ivsmc" else expected["plain"])
+        ends = near.call(ping, client, bed.spec(near, kind), address, PINGS), answering.receive()
+    socket = Path("socket", None, None)
+    if client == "ivsmc":
+        assert ends == (Path("tcp", None, "PEER_NO_SMC"), socket)
+    else:
+        assert ends == (socket, Path("tcp", None, "PLAIN_CLIENT"))
+
+
+def test_without_a_region_in_common(bed: Bed) -> None:
+    """``local`` is each guest's own."""
+    near, far = bed.guests
+    with far.running(answer_pings, "ivsmc", "local", PINGS) as answering:
+        address = (far.address, answering.receive())
+        assert near.call(ping, "ivsmc", "local", address, PINGS) == Path("tcp", None, "PEER_NO_SMC")
+        assert answering.receive() == Path("tcp", None, "PLAIN_CLIENT")
