@@ -10,8 +10,10 @@ import os
 import selectors
 import socket
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 
-from processes import Here
+from processes import Here, Remote, running
 
 _IDS = 1 << 16
 _REGION = -1
@@ -44,6 +46,7 @@ class ReferenceServer:
     """Serves one region of ``size`` bytes on the Unix socket ``path``."""
 
     def __init__(self, path: str, size: int, vectors: int) -> None:
+        self._path = path
         self._vectors = vectors
         self._next_id = 0
         self._clients: dict[int, _Client] = {}
@@ -70,6 +73,7 @@ class ReferenceServer:
     def close(self) -> None:
         self._selector.close()
         self._listener.close()
+        Path(self._path).unlink()
         for client in self._clients.values():
             client.close()
         os.close(self._region)
@@ -99,6 +103,16 @@ class ReferenceServer:
         client.close()
         for other in self._clients.values():
             other.tell(client.id)
+
+
+@contextlib.contextmanager
+def running_reference(path: Path, size: int, vectors: int) -> Iterator[tuple[Remote, str]]:
+    """One in a process of its own, and the device that it makes."""
+    with running(serve, str(path), size, vectors) as server:
+        assert server.receive() == "listens"
+        yield server, f"host:{path}"
+        server.send("stop")
+        assert server.receive() is None
 
 
 def serve(here: Here, path: str, size: int, vectors: int) -> None:

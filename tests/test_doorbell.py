@@ -31,8 +31,8 @@ from doorbells import (
 )
 from endpoints import LOOPBACK, receive_exactly, session_pair
 from forking import forked, ignore_threads
-from plain_ivshmem import plain_server
 from processes import running
+from reference_server import running_reference
 
 ROUNDS = 30
 ESTABLISHED = 1
@@ -312,7 +312,7 @@ def test_sessions_outlive_the_ivshmem_server(directory: Path) -> None:
 
 @pytest.mark.parametrize("vectors", [0, 1, 2])
 def test_an_ivshmem_server_that_marks_nobody(directory: Path, vectors: int) -> None:
-    with plain_server(directory / "plain.sock", REGION_BYTES, vectors) as device:
+    with running_reference(directory / "plain.sock", REGION_BYTES, vectors) as (_, device):
         with closing(ivsmc.open_device(device)) as opened:
             assert opened.stats()["vector"] == (None, 0, 1)[vectors]
             with answered(device) as (remote, (session,)):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import ivsmc
-import reference_server
 from endpoints import LOOPBACK, receive_exactly
 from peers import connect_and_echo, exchange_with_client
 from processes import Remote, running
 from random_stream import exchange
+from reference_server import running_reference
 
 REGION_BYTES = 16 << 20
 VECTORS = 2
@@ -27,12 +27,8 @@ TRIES = 10_000
 def reference() -> Iterator[tuple[Remote, str]]:
     """One that runs, and the device that it makes."""
     with tempfile.TemporaryDirectory(prefix="ivsmc-reference-") as directory:
-        path = Path(directory, "ivs.sock")
-        with running(reference_server.serve, str(path), REGION_BYTES, VECTORS) as server:
-            assert server.receive() == "listens"
-            yield server, f"host:{path}"
-            server.send("stop")
-            assert server.receive() is None
+        with running_reference(Path(directory, "ivs.sock"), REGION_BYTES, VECTORS) as reference:
+            yield reference
 
 
 def ids(server: Remote) -> list[int]:
