@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import ivsmc
+from ivsmc._cli import sockets
 from ivsmc._cli.arguments import Commands, permissions
 from ivsmc._cli.serving import serve, stop_on_sigterm
-
-_DIRECTORY = Path("/run/ivsmc")
 
 
 def add_parser(commands: Commands) -> None:
@@ -37,8 +36,8 @@ when the agent ends; the next one can start when the last of them has ended.""",
     parser.add_argument(
         "--socket",
         metavar="PATH",
-        help=f"the Unix socket (default: {_DIRECTORY}/agent.sock, with ADDRESS "
-        f"{_DIRECTORY}/agent-ADDRESS.sock)",
+        help=f"the Unix socket (default: {sockets.AGENT}, with ADDRESS "
+        f"{sockets.agent_of('ADDRESS')})",
     )
     parser.add_argument(
         "--mode",
@@ -54,7 +53,7 @@ when the agent ends; the next one can start when the last of them has ended.""",
 def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     stop_on_sigterm()
-    directory = Path(options.socket).parent if options.socket else _DIRECTORY
+    directory = Path(options.socket or sockets.AGENT).parent
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     mode = options.mode
     if mode is None:

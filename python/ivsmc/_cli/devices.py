@@ -4,6 +4,7 @@ import argparse
 import json
 
 import ivsmc
+from ivsmc._cli import sockets
 from ivsmc._cli.arguments import Commands
 
 
@@ -13,8 +14,8 @@ def add_parser(commands: Commands) -> None:
         "devices",
         help="list the devices found and what they are worth",
         description="List the devices that IVSMC_DEVICE names, else those found: ivshmem devices "
-        "of this guest, every /run/ivsmc/*.sock, and local. The status is 0 if one of them is "
-        "usable, else 1.",
+        f"of this guest, every {sockets.DIRECTORY}/*.sock, and local. The status is 0 if one of "
+        "them is usable, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.set_defaults(run=run)

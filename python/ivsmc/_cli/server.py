@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import ivsmc
+from ivsmc._cli import sockets
 from ivsmc._cli.arguments import Commands, bounded, permissions, size
 from ivsmc._cli.serving import serve, stop_on_sigterm
 
-_DEFAULT_SOCKET = "/run/ivsmc/ivs0.sock"
 _DEFAULT_SIZE = 256 << 20
 
 
@@ -28,7 +28,7 @@ and containers use it as the device host:PATH; the options for VMs are printed b
 Who may open the socket may read and write the region.""",
     )
     parser.add_argument(
-        "path", nargs="?", default=_DEFAULT_SOCKET, help="the Unix socket (default: %(default)s)"
+        "path", nargs="?", default=sockets.SERVER, help="the Unix socket (default: %(default)s)"
     )
     parser.add_argument(
         "--size",

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from ivsmc._cli import sockets
 from ivsmc._cli.arguments import bounded, size
 from ivsmc._cli.ivshmem import look
 from ivsmc._cli.machine import Refused
 
 __all__ = ["Doorbell", "Plain", "Region", "Request", "add_options", "request"]
 
-DEFAULT_SOCKET = "/run/ivsmc/ivs0.sock"
 _SMALLEST = 1 << 20
 """Bytes of the smallest region."""
 
@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     region = parser.add_mutually_exclusive_group()
     region.add_argument(
         "--socket",
-        default=DEFAULT_SOCKET,
+        default=sockets.SERVER,
         metavar="PATH",
         help="ivshmem-doorbell: the socket of an ivshmem server (default: %(default)s)",
     )

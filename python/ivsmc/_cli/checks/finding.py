@@ -5,19 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ivsmc._cli import pci
+from ivsmc._cli import pci, sockets
 from ivsmc._cli.machine import Machine
 from ivsmc._cli.pci import PciDevice
 
-__all__ = ["SERVERS", "Finding", "Scene", "Verdict", "is_agent", "note", "ok", "wrong"]
-
-SERVERS = "/run/ivsmc"
-"""Where ivshmem servers and agents of this machine put their sockets, ``*.sock``."""
-
-
-def is_agent(name: str) -> bool:
-    """Whether a socket of this name is an agent's: of a VM's only device, or of one of them."""
-    return name == "agent.sock" or (name.startswith("agent-") and name.endswith(".sock"))
+__all__ = ["Finding", "Scene", "Verdict", "note", "ok", "wrong"]
 
 
 class Verdict(enum.StrEnum):
@@ -77,14 +69,13 @@ class Scene:
     @property
     def agents(self) -> list[str]:
         """The sockets of agents."""
-        names = self.machine.names(SERVERS)
-        return sorted(f"{SERVERS}/{name}" for name in names if is_agent(name))
+        names = self.machine.names(sockets.DIRECTORY)
+        return sorted(f"{sockets.DIRECTORY}/{name}" for name in names if sockets.is_agent(name))
 
     def agent_of(self, device: PciDevice) -> str | None:
         """Return the socket of the agent that owns ``device``."""
-        own = f"{SERVERS}/agent-{device.address}.sock"
-        only = f"{SERVERS}/agent.sock"
-        return next((path for path in (own, only) if path in self.agents), None)
+        paths = (sockets.agent_of(device.address), sockets.AGENT)
+        return next((path for path in paths if path in self.agents), None)
 
     def if_host(self, text: str, cure: str | None) -> Finding:
         """Return what is wrong for who wants to run VMs, and worth knowing for others."""

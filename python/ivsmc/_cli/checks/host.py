@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from ivsmc._cli.checks.finding import SERVERS, Finding, Scene, is_agent, note, ok, wrong
+from ivsmc._cli import sockets
+from ivsmc._cli.checks.finding import Finding, Scene, note, ok, wrong
 from ivsmc._cli.ivshmem import look
 from ivsmc._cli.machine import Refused
 
@@ -58,14 +59,16 @@ def kvm(scene: Scene) -> Iterator[Finding]:
 def servers(scene: Scene) -> Iterator[Finding]:
     """Join the ivshmem servers of this machine, and leave them."""
     found = {
-        f"{SERVERS}/{name}"
-        for name in scene.machine.names(SERVERS)
-        if name.endswith(".sock") and not is_agent(name)
+        f"{sockets.DIRECTORY}/{name}"
+        for name in scene.machine.names(sockets.DIRECTORY)
+        if name.endswith(".sock") and not sockets.is_agent(name)
     }
     for path in sorted(found | set(scene.sockets)):
         yield _server(scene, path)
     if not found and not scene.sockets and not scene.ivshmem:
-        yield scene.if_host(f"no ivshmem server: there is no {SERVERS}/*.sock", "ivsmc server")
+        yield scene.if_host(
+            f"no ivshmem server: there is no {sockets.DIRECTORY}/*.sock", "ivsmc server"
+        )
 
 
 def _server(scene: Scene, path: str) -> Finding:
