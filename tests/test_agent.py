@@ -217,7 +217,10 @@ def test_the_command_without_a_device(tmp_path: Path) -> None:
         (["eth0"], "no PCI address"),
         (["--mode", "999"], "not permissions"),
         (["--group", "no such group"], "there is no group"),
+        (["--group", "4294967295"], "no number of a group"),
+        (["--group", "99999999999"], "no number of a group"),
     ]:
         wrong = command("agent", "--socket", str(path), *arguments)
         assert wrong.returncode != 0
+        assert "Traceback" not in wrong.stderr
         assert words in wrong.stderr

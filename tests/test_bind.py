@@ -125,6 +125,7 @@ def test_a_former_driver_gives_way(guest: Guest) -> None:
     ("wish", "expected"),
     [
         (Wish(group=GROUP), 0o660),
+        (Wish(group=str(os.getgid())), 0o660),
         (Wish(mode=0o666), 0o666),
         (Wish(group=GROUP, mode=0o640), 0o640),
     ],
@@ -402,10 +403,18 @@ def test_revision_0_is_refused(guest: Guest) -> None:
         bind(guest)
 
 
-def test_an_unknown_group(guest: Guest) -> None:
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        ("nobodies", "groupadd --system nobodies"),
+        ("4294967295", "no number of a group"),
+        ("99999999999", "no number of a group"),
+    ],
+)
+def test_an_unknown_group(guest: Guest, group: str, words: str) -> None:
     guest.add()
-    with pytest.raises(Refused, match=r"groupadd --system nobodies"):
-        bind(guest, Wish(group="nobodies"))
+    with pytest.raises(Refused, match=words):
+        bind(guest, Wish(group=group))
     assert driver(guest) is None
 
 

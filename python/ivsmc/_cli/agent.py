@@ -2,12 +2,11 @@
 
 import argparse
 import contextlib
-import grp
 import sys
 from pathlib import Path
 
 import ivsmc
-from ivsmc._cli import sockets
+from ivsmc._cli import groups, sockets
 from ivsmc._cli.arguments import Commands, permissions
 from ivsmc._cli.serving import serve, stop_on_sigterm
 
@@ -45,7 +44,10 @@ when the agent ends; the next one can start when the last of them has ended.""",
         help="permissions of the socket, octal (default: 600, with --group 660)",
     )
     parser.add_argument(
-        "--group", type=_group, metavar="GROUP", help="group of the socket, by name or number"
+        "--group",
+        type=groups.argument,
+        metavar="GROUP",
+        help="group of the socket, by name or number",
     )
     parser.set_defaults(run=run)
 
@@ -70,15 +72,6 @@ def run(options: argparse.Namespace) -> int:
         if left:
             _log(f"{left} processes keep the device; the next agent can start when they have ended")
     return 0
-
-
-def _group(text: str) -> int:
-    if text.isdecimal():
-        return int(text)
-    try:
-        return grp.getgrnam(text).gr_gid
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"there is no group {text!r}") from None
 
 
 def _log(event: str) -> None:

@@ -25,7 +25,9 @@ def add_parser(commands: Commands) -> None:
         "before it are undone. Needs root.",
     )
     parser.add_argument(
-        "--group", metavar="NAME", help="group that may use the device (mode 660 unless --mode)"
+        "--group",
+        metavar="GROUP",
+        help="group that may use the device, by name or number (mode 660 unless --mode)",
     )
     parser.add_argument(
         "--mode", type=permissions, metavar="OCTAL", help="permissions, such as 660"

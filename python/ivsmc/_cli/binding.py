@@ -4,14 +4,13 @@ Each step is worked out when those before it are done, so it goes by what is so 
 by what is so now.
 """
 
-import grp
 import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ivsmc._cli import pci, udev
+from ivsmc._cli import groups, pci, udev
 from ivsmc._cli.machine import Machine, Refused
 from ivsmc._cli.pci import PciDevice
 from ivsmc._cli.steps import Step
@@ -228,10 +227,7 @@ def _gid(group: str | None) -> int | None:
             f"the group {group!r} has characters in its name that have a meaning in udev's rules; "
             "make one for this: groupadd --system ivsmc"
         )
-    try:
-        return None if group is None else grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise Refused(f"there is no group {group!r}; make it: groupadd --system {group}") from None
+    return None if group is None else groups.gid(group)
 
 
 def _granted(machine: Machine, path: str, grant: udev.Grant, gid: int | None) -> Iterator[Step]:
