@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import re
 import socket
 import struct
@@ -13,6 +14,7 @@ import pytest
 import ivsmc
 from commands import command, listening
 from endpoints import LOOPBACK, receive_all, receive_exactly
+from ivsmc._cli import measure
 
 SMALL = ["--round-trips", "200", "--bytes", "2M", "--rounds", "2"]
 GREETING = b"ivsmc bench 1\n"
@@ -146,6 +148,42 @@ def test_a_stranger_between_the_two_connections(free_port: int) -> None:
             plain.sendall(b"hello")
             assert receive_exactly(plain, 5) == b"hello"
             assert receive_exactly(session, 8) == struct.pack("<Q", 1)
+
+
+def test_a_listener_that_miscounts(free_port: int) -> None:
+    """What did not come as sent is said in one line."""
+
+    def miscount() -> None:
+        near, _ = listener.accept()
+        with near:
+            near.sendall(GREETING)
+            token = receive_exactly(near, 22)[6:]
+            plain, _ = listener.accept()
+            with plain:
+                assert receive_exactly(plain, 16) == token
+                near.sendall(bytes(8))
+                (total, _) = struct.unpack("<QQ", receive_exactly(near, 22)[6:])
+                receive_exactly(near, total)
+                near.sendall(struct.pack("<Q", 1 << 32))
+
+    with socket.create_server(("127.0.0.1", free_port)) as listener:
+        other = threading.Thread(target=miscount)
+        other.start()
+        result = command("bench", "--connect", f"127.0.0.1:{free_port}", "--device", "none", *SMALL)
+        other.join()
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"ivsmc: CRC-32 of {2 << 20} bytes differs at the two ends\n"
+
+
+def test_the_other_process_is_killed() -> None:
+    with contextlib.closing(measure.Peer("unix", None, None, None)) as peer:
+        (other,) = multiprocessing.active_children()
+        other.kill()
+        other.join()
+        with pytest.raises(ConnectionError, match=r"has ended \(status -9\)"):
+            peer.ask("crc", 0)
+        with pytest.raises(ConnectionError, match=r"has ended \(status -9\)"):
+            peer.answer()
 
 
 @pytest.mark.parametrize("text", ["host", "1:2:3", "[::1", "host:70000", "host:"])

@@ -48,6 +48,15 @@ def permissions(text: str) -> int:
     return int(text, 8)
 
 
+def host(text: str) -> str:
+    """Return the name of a host, if the resolver can be asked for it."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"not a host: {text!r}") from None
+    return text
+
+
 def address(text: str) -> tuple[str, int]:
     """Return host and port of ``HOST:PORT``, ``[HOST]:PORT``, ``:PORT`` or ``PORT``.
 
@@ -58,7 +67,7 @@ def address(text: str) -> tuple[str, int]:
         raise argparse.ArgumentTypeError(
             f"not an address: {text!r} (HOST:PORT, [IPV6]:PORT, :PORT or PORT)"
         )
-    return match["v6"] or match["host"] or "", int(match["port"])
+    return host(match["v6"] or match["host"] or ""), int(match["port"])
 
 
 def shown(address: tuple[object, ...]) -> str:

@@ -69,7 +69,7 @@ class Plan:
     """Bytes of the stream that is checked by CRC-32."""
 
 
-class MismatchError(Exception):
+class MismatchError(OSError):
     """What arrived is not what was sent."""
 
 
@@ -115,12 +115,19 @@ class Peer:
 
     def ask(self, name: str, *numbers: int) -> None:
         """Start a command over there; return when it is about to touch the stream."""
-        self._pipe.send((name, *numbers))
+        with contextlib.suppress(BrokenPipeError):  # the answer says why
+            self._pipe.send((name, *numbers))
         self.answer()
 
     def answer(self) -> Any:
         """Return the result of the command, or raise what went wrong over there."""
-        result = self._pipe.recv()
+        try:
+            result = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise ConnectionError(
+                f"the other process of the bench has ended (status {self._process.exitcode})"
+            ) from None
         if isinstance(result, Exception):
             raise result
         return result

@@ -7,7 +7,7 @@ import sys
 import threading
 
 import ivsmc
-from ivsmc._cli.arguments import Commands, add_transport_options, bounded, shown
+from ivsmc._cli.arguments import Commands, add_transport_options, bounded, host, shown
 
 _BLOCK = 256 * 1024
 """Bytes moved at a time."""
@@ -37,8 +37,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Move bytes both ways until both directions have ended."""
-    host, port = _address(options)
-    with _open(options, host, port) as session:
+    with _open(options, *_address(options)) as session:
         _announce(session)
         return _copy_both_ways(session)
 
@@ -49,12 +48,11 @@ def _address(options: argparse.Namespace) -> tuple[str, int]:
         options.parser.error("HOST PORT is needed (with -l, [HOST] PORT)")
     if not port.isdecimal() or int(port) > 65535:
         options.parser.error(f"not a port: {port!r}")
-    host = hosts[0] if hosts else ""
     try:
-        host.encode("idna")  # what the resolver is asked for
-    except UnicodeError:
-        options.parser.error(f"not a host: {host!r}")
-    return host, int(port)
+        name = host(hosts[0] if hosts else "")
+    except argparse.ArgumentTypeError as error:
+        options.parser.error(str(error))
+    return name, int(port)
 
 
 def _open(options: argparse.Namespace, host: str, port: int) -> ivsmc.Session:
