@@ -207,7 +207,8 @@ impl Sleeper {
                 if fds[2].revents() != 0 {
                     seat.drain()
                 } else {
-                    found == 0 && seat.look()
+                    // Whoever waits for less has others look, who wait for more.
+                    found == 0 && timeout == Some(BACKSTOP) && seat.look()
                 }
             });
             if fds[0].revents() != 0 {

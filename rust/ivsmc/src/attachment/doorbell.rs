@@ -197,29 +197,25 @@ impl Attachment {
         self.doorbells().and_then(Doorbells::own).map(|(_, eventfd)| eventfd)
     }
 
-    /// Drains the doorbell and wakes whom it concerns but `own`; whether it concerns that.
-    fn drain_doorbell(&self, own: Option<u32>) -> bool {
+    /// Drains the doorbell, which `came` or may have got lost, and wakes whom it concerns but `own`;
+    /// whether it concerns that.
+    fn drain_doorbell(&self, own: Option<u32>, came: bool) -> bool {
         let (Some(doorbell), Some(eventfd)) = (&self.doorbell, self.own_doorbell()) else {
             return false;
         };
-        // Before the bits are taken: one that is set later has its doorbell still ahead. Who finds
-        // it empty was overtaken by another that drains, and looks all the same.
-        if eventfd.drain().is_ok_and(|count| count > 0) {
+        // Before the bits are taken: one that is set later has its doorbell still ahead. Who was told
+        // of it and finds it empty was overtaken by another that drains, and looks all the same.
+        let drained = eventfd.drain().is_ok_and(|count| count > 0);
+        if drained {
             doorbell.received.fetch_add(1, Ordering::Relaxed);
         }
-        let found = self.take_summary(doorbell, own, true);
-        if self.doorbells().and_then(Doorbells::departures).is_none() {
-            self.look_for_departures(doorbell);
-        }
-        found.own
-    }
-
-    /// Looks at the summary bits without a doorbell; as [`Attachment::drain_doorbell`].
-    fn look_without_doorbell(&self, own: Option<u32>) -> bool {
-        let Some(doorbell) = &self.doorbell else { return false };
-        let found = self.take_summary(doorbell, own, false);
-        if found.any {
+        let came = came || drained;
+        let found = self.take_summary(doorbell, own, came);
+        if found.any && !came {
             doorbell.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        if came && self.doorbells().and_then(Doorbells::departures).is_none() {
+            self.look_for_departures(doorbell);
         }
         found.own
     }
@@ -236,8 +232,9 @@ impl Attachment {
                 let writer = entries[0].writer;
                 let is_clear = entries.iter().all(|entry| entry.writer == writer);
                 for entry in entries {
-                    // Of several writers with one number nobody knows whose it was.
-                    if entry.heard != came && is_clear {
+                    // Of several writers with one number nobody knows whose it was; what got lost may
+                    // have been anybody's.
+                    if entry.heard != came && (is_clear || !came) {
                         self.set_heard(doorbell, entry, came);
                     }
                     if Some(entry.granule) == own {
@@ -309,8 +306,11 @@ impl Attachment {
         let reactor = self.reactor.get()?.upgrade()?;
         let mut background = lock(&doorbell.background);
         if background.armed == 0 {
-            let listener =
-                Arc::new(Listener { attachment: Arc::downgrade(self), key: OnceLock::new() });
+            let listener = Arc::new(Listener {
+                attachment: Arc::downgrade(self),
+                key: OnceLock::new(),
+                received: AtomicU64::new(0),
+            });
             let key = reactor.register(Arc::clone(&listener) as Arc<dyn Source>);
             let _ = listener.key.set(key);
             // Without it the back-stop is all there is: slow, and still right.
@@ -379,19 +379,27 @@ impl Drop for Armed {
 struct Listener {
     attachment: Weak<Attachment>,
     key: OnceLock<Key>,
+    /// [`DoorbellStats::received`] at the last back-stop.
+    received: AtomicU64,
 }
 
 impl Source for Listener {
     fn ready(&self, _events: u32) {
         if let Some(attachment) = self.attachment.upgrade() {
-            attachment.drain_doorbell(None);
+            attachment.drain_doorbell(None, true);
         }
     }
 
     /// The back-stop; it ends with the source.
     fn expired(&self) {
         let Some(attachment) = self.attachment.upgrade() else { return };
-        attachment.look_without_doorbell(None);
+        if let Some(doorbell) = &attachment.doorbell {
+            let received = doorbell.received.load(Ordering::Relaxed);
+            // Whoever drained it since has taken all bits; those that are set now have theirs ahead.
+            if self.received.swap(received, Ordering::Relaxed) == received {
+                attachment.drain_doorbell(None, false);
+            }
+        }
         let reactor = attachment.reactor.get().and_then(Weak::upgrade);
         if let (Some(&key), Some(reactor)) = (self.key.get(), reactor) {
             reactor.at(Instant::now() + BACKSTOP, key);
@@ -479,12 +487,12 @@ impl Seat<'_> {
 
     /// The doorbell has something: wakes whom it concerns; whether that is this thread's session.
     pub(crate) fn drain(&self) -> bool {
-        self.ear.attachment.drain_doorbell(Some(self.ear.granule))
+        self.ear.attachment.drain_doorbell(Some(self.ear.granule), true)
     }
 
-    /// The back-stop: as [`Seat::drain`], without a doorbell.
+    /// The back-stop: as [`Seat::drain`], where none came for [`BACKSTOP`].
     pub(crate) fn look(&self) -> bool {
-        self.ear.attachment.look_without_doorbell(Some(self.ear.granule))
+        self.ear.attachment.drain_doorbell(Some(self.ear.granule), false)
     }
 }
 

@@ -458,6 +458,13 @@ fn a_bit_without_its_doorbell_is_found_and_not_heard_any_more() {
         assert_eq!(reader.doorbell_stats().unwrap().lost, 1);
         seat.look();
         assert_eq!(told.counts(), (2, 0));
+        // One that has come meanwhile is not lost.
+        notify(&writer, &reader, &peer);
+        seat.look();
+        assert!(is_heard());
+        assert_eq!(told.counts(), (3, 0));
+        let stats = reader.doorbell_stats().unwrap();
+        assert_eq!((stats.received, stats.lost), (2, 1));
     });
 }
 
