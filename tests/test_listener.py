@@ -45,6 +45,22 @@ def test_accept_waits(listener: ivsmc.Listener, device: str) -> None:
         assert near.transport == far.transport == ("tcp" if device == "none" else "smc")
 
 
+def test_a_backlog_of_one_leaves_connections_to_nobody_else(device: str) -> None:
+    """Only where others accept from the same socket are these given time to do so."""
+    half_of_it_is_less_than_theirs = 0.15
+    for _ in range(10):  # a loaded machine may be late
+        with ivsmc.create_server(LOOPBACK, backlog=1, device=device) as listener:
+            listener.fileno()
+            near = ivsmc.create_connection(
+                listener.getsockname(), half_of_it_is_less_than_theirs, device=device
+            )
+            with near, listener.accept()[0]:
+                transport = near.transport
+        if transport == "smc" or device == "none":
+            return
+    raise AssertionError(transport)
+
+
 def test_accept_times_out_and_does_not_wait(listener: ivsmc.Listener) -> None:
     listener.settimeout(0.01)
     with pytest.raises(TimeoutError, match="timed out"):

@@ -495,7 +495,7 @@ impl Acceptor {
 
     /// Whether other processes may accept from the same socket.
     fn is_shared(&self) -> bool {
-        self.listening.limit == 1 || self.has_heirs()
+        self.listening.shared || self.has_heirs()
     }
 
     /// Whether this process has begun to accept. What it did before it forked does not count: it

@@ -61,8 +61,10 @@ impl Default for ListenOptions {
 pub(crate) struct Listening {
     pub(crate) local: SocketAddr,
     pub(crate) bound: Bound,
-    /// Connections that may be in hand.
+    /// Connections that may be in hand, where no other process accepts from the socket.
     pub(crate) limit: usize,
+    /// Others may.
+    pub(crate) shared: bool,
     pub(crate) options: Arc<ListenOptions>,
 }
 
@@ -102,8 +104,8 @@ impl Listener {
         }
         let bound = bound_of(&fd, local)?;
         net::set_nonblocking(&fd, true)?;
-        let limit = if options.shared { 1 } else { options.backlog.max(1) as usize };
-        let listening = Listening { local, bound, limit, options: Arc::new(options) };
+        let (limit, shared) = (options.backlog.max(1) as usize, options.shared);
+        let listening = Listening { local, bound, limit, shared, options: Arc::new(options) };
         // Children inherit it.
         let socket = Arc::new(fd.into_owned()?);
         // Relaxed: only the number matters.
@@ -205,7 +207,7 @@ impl Listener {
         }
         Setup::current()?.acceptor(self.id, || {
             // Parent and child both accept.
-            let listening = Listening { limit: 1, ..self.listening.clone() };
+            let listening = Listening { shared: true, ..self.listening.clone() };
             Acceptor::start(self.socket()?, listening)
         })
     }
