@@ -21,7 +21,7 @@ pub use transfer::{
 };
 pub use unix::{
     peer_credentials, peer_groups, recv_with_fd, send_with_fd, socketpair_stream, unix_accept,
-    unix_connect, unix_connect_nonblocking, unix_listen, Credentials,
+    unix_connect, unix_connect_nonblocking, unix_listen, Credentials, Passed,
 };
 
 #[cfg(test)]

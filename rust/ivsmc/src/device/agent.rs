@@ -20,11 +20,11 @@ use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::mapping::Mapping;
 use ivsmc_shm::mmio::Registers;
-use ivsmc_shm::net;
+use ivsmc_shm::net::{self, Passed};
 use ivsmc_shm::poll::{self, EventFd, PollFd};
 
 use super::function::{self, DoorbellRegisters};
-use super::host::connect;
+use super::host::{connect, no_room};
 use super::{Backing, Doorbells, Opened, Unusable};
 
 /// Longest wait for the agent's answer.
@@ -72,7 +72,7 @@ fn refusal(error: &io::Error) -> String {
         }
         io::ErrorKind::ConnectionRefused => "nobody listens at this path: the agent has ended, or \
              it is not a socket; start \"ivsmc agent\" when the processes have ended that the last \
-             one served"
+             one served, or remove the socket to use the device without"
             .to_owned(),
         io::ErrorKind::PermissionDenied => "this process has no permission to connect to this \
              socket; \"ivsmc agent\" gives it with --group and --mode"
@@ -154,7 +154,8 @@ impl Hearing {
             let received = net::recv_with_fd(socket, &mut self.piece[had..], net::MSG_DONTWAIT);
             let (got, fd) = match received {
                 Ok((0, _)) => return Err(ended()),
-                Ok(received) => received,
+                Ok((_, Passed::Lost)) => return Err(no_room()),
+                Ok((got, passed)) => (got, passed.one()),
                 Err(error) => {
                     self.piece.truncate(had);
                     match error.kind() {

@@ -25,11 +25,13 @@ use std::time::{Duration, Instant};
 
 use ivsmc_proto::ivshmem::{ClientEvent, ClientProtocol, MESSAGE_LENGTH};
 use ivsmc_shm::fd::Fd;
+use ivsmc_shm::net::{self, Passed};
 use ivsmc_shm::poll::{self, EventFd, PollFd};
-use ivsmc_shm::{file as files, net};
+use ivsmc_shm::{errno, file as files};
 
 use super::{Backing, Doorbells, Opened, Unusable};
 use crate::reactor::{lock, Key, Reactor, Source};
+use crate::socket::descriptors_ended;
 
 /// Longest wait for the ivshmem server to send the region.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -62,7 +64,7 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
     let socket = connect(path, until).map_err(|error| Unusable::device(refusal(&error)))?;
     let mut hearing = Hearing::default();
     let (id, region) = welcome(&socket, &mut hearing, until)?;
-    hearing.await_own_vectors(&socket);
+    hearing.await_own_vectors(&socket, until);
     let (fd, lockable) = match reopen(&region) {
         Ok(fd) => (fd, true),
         Err(_) => (region, false),
@@ -122,11 +124,12 @@ fn welcome(socket: &Fd, hearing: &mut Hearing, until: Instant) -> Result<(u16, F
     loop {
         match hearing.next(socket) {
             Ok(Heard::Event(ClientEvent::OwnId(own), _)) => id = Some(own),
-            Ok(Heard::Event(ClientEvent::Region, Some(fd))) => {
+            Ok(Heard::Event(ClientEvent::Region, Passed::One(fd))) => {
                 if let Some(id) = id {
                     return Ok((id, fd));
                 }
             }
+            Ok(Heard::Event(ClientEvent::Region, Passed::Lost)) => return Err(no_room()),
             Ok(Heard::Event(..)) => {}
             Ok(Heard::Nothing) => {
                 let left = until.saturating_duration_since(Instant::now());
@@ -147,6 +150,11 @@ fn welcome(socket: &Fd, hearing: &mut Hearing, until: Instant) -> Result<(u16, F
             Err(what) => return Err(Unusable::device(what)),
         }
     }
+}
+
+/// This process may not have as many descriptors open as it was sent.
+pub(super) fn no_room() -> Unusable {
+    Unusable::device(descriptors_ended(&errno::error(errno::EMFILE)))
 }
 
 /// The file behind `fd` through an open file description of our own.
@@ -250,7 +258,7 @@ struct Hearing {
     /// The beginning of a message, and the descriptor that came with it.
     partial: [u8; MESSAGE_LENGTH],
     length: usize,
-    descriptor: Option<Fd>,
+    descriptor: Passed,
     /// It broke its protocol after the welcome: read and thrown away from now on. Leaving instead
     /// would give this client's id to others while it still uses the region.
     deaf: bool,
@@ -266,7 +274,7 @@ struct Hearing {
 type Peers = Mutex<BTreeMap<u16, Vec<Arc<EventFd>>>>;
 
 enum Heard {
-    Event(ClientEvent, Option<Fd>),
+    Event(ClientEvent, Passed),
     Nothing,
     End,
 }
@@ -285,7 +293,7 @@ impl Hearing {
                 }
             }
             match self.next(socket) {
-                Ok(Heard::Event(event, fd)) => self.keep(event, fd),
+                Ok(Heard::Event(event, passed)) => self.keep(event, passed),
                 Ok(Heard::Nothing) => return true,
                 Ok(Heard::End) => return false,
                 Err(_) => self.deaf = true,
@@ -298,7 +306,7 @@ impl Hearing {
     fn next(&mut self, socket: &Fd) -> Result<Heard, String> {
         loop {
             let rest = &mut self.partial[self.length..];
-            let (got, fd) = match net::recv_with_fd(socket, rest, net::MSG_DONTWAIT) {
+            let (got, passed) = match net::recv_with_fd(socket, rest, net::MSG_DONTWAIT) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     return Err(format!("not an ivshmem server: {error}"));
@@ -306,47 +314,67 @@ impl Hearing {
                 Err(error) if is_passing(&error) => return Ok(Heard::Nothing),
                 Err(_) => return Ok(Heard::End),
             };
-            if fd.is_some() && self.descriptor.is_some() {
-                return Err("not an ivshmem server: two descriptors came with one message".into());
+            if !matches!(passed, Passed::Nothing) {
+                if !matches!(self.descriptor, Passed::Nothing) {
+                    return Err(
+                        "not an ivshmem server: two descriptors came with one message".into()
+                    );
+                }
+                self.descriptor = passed;
             }
-            self.descriptor = fd.or(self.descriptor.take());
             if got == 0 {
                 return Ok(Heard::End);
             }
             self.length += got;
             if self.length == MESSAGE_LENGTH {
                 self.length = 0;
-                let fd = self.descriptor.take();
+                let passed = std::mem::replace(&mut self.descriptor, Passed::Nothing);
+                let has_fd = !matches!(passed, Passed::Nothing);
                 let event = self
                     .protocol
-                    .message(i64::from_le_bytes(self.partial), fd.is_some())
+                    .message(i64::from_le_bytes(self.partial), has_fd)
                     .map_err(|invalid| invalid.to_string())?;
-                return Ok(Heard::Event(event, fd));
+                return Ok(Heard::Event(event, passed));
             }
         }
     }
 
-    /// Waits for what is left of the welcome: the vectors of others, and the own ones.
-    fn await_own_vectors(&mut self, socket: &Fd) {
+    /// Waits for what is left of the welcome, but not longer than `until`: the vectors of others, and
+    /// the own ones.
+    fn await_own_vectors(&mut self, socket: &Fd, until: Instant) {
+        let mut heard = 0;
+        let mut since = Instant::now();
         loop {
             if !self.take(socket, TURN) || self.deaf || self.own_vectors >= 2 {
                 return;
             }
-            let others = lock(&self.peers).values().map(Vec::len).max().unwrap_or(0);
+            let (others, most) = {
+                let peers = lock(&self.peers);
+                let vectors = peers.values().map(Vec::len);
+                (vectors.clone().sum::<usize>(), vectors.max().unwrap_or(0))
+            };
             let patience = match self.own_vectors {
                 0 => FIRST_VECTOR,
-                _ if others > 0 && others <= usize::from(self.own_vectors) => return,
+                own if most > 0 && most <= usize::from(own) => return,
                 _ => SECOND_VECTOR,
             };
-            // An interrupted wait only means to look again.
-            if let Ok(0) = poll::poll(&mut [PollFd::new(socket, poll::IN)], Some(patience)) {
+            // More has come: it goes on. An interrupted wait only means to look again.
+            if others + usize::from(self.own_vectors) > heard {
+                heard = others + usize::from(self.own_vectors);
+                since = Instant::now();
+            }
+            let left = (since + patience).min(until).saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 return;
             }
+            let _ = poll::poll(&mut [PollFd::new(socket, poll::IN)], Some(left));
         }
     }
 
     /// Keeps the doorbells of an event.
-    fn keep(&mut self, event: ClientEvent, fd: Option<Fd>) {
+    fn keep(&mut self, event: ClientEvent, passed: Passed) {
+        // Whose eventfd is lost is woken over TCP.
+        let fd = passed.one();
         match event {
             ClientEvent::PeerLeft { peer } => {
                 let doorbells = lock(&self.peers).remove(&peer).unwrap_or_default();

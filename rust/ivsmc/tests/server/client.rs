@@ -163,10 +163,10 @@ impl Client {
     /// One message, not taken note of; `None` if the server has ended the connection.
     pub(crate) fn raw(&self, flags: i32) -> io::Result<Option<(i64, Option<Fd>)>> {
         let mut bytes = [0; 8];
-        let (count, fd) = net::recv_with_fd(&self.socket, &mut bytes, flags)?;
+        let (count, passed) = net::recv_with_fd(&self.socket, &mut bytes, flags)?;
         match count {
             0 => Ok(None),
-            8 => Ok(Some((i64::from_le_bytes(bytes), fd))),
+            8 => Ok(Some((i64::from_le_bytes(bytes), passed.one()))),
             other => panic!("{other} bytes"),
         }
     }

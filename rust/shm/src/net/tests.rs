@@ -223,12 +223,12 @@ fn a_descriptor_travels_with_its_message() {
     send_with_fd(&one, &[2; 8], Some(sent.as_fd())).unwrap();
     send_with_fd(&one, &[3; 8], Some(sent.as_fd())).unwrap();
     let mut bytes = [0; 8];
-    let (got, fd) = recv_with_fd(&two, &mut bytes, 0).unwrap();
-    assert!((got, bytes[0]) == (8, 1) && fd.is_none());
+    let (got, passed) = recv_with_fd(&two, &mut bytes, 0).unwrap();
+    assert!((got, bytes[0]) == (8, 1) && matches!(passed, Passed::Nothing));
     for expected in [2, 3] {
-        let (got, fd) = recv_with_fd(&two, &mut bytes, 0).unwrap();
+        let (got, passed) = recv_with_fd(&two, &mut bytes, 0).unwrap();
         assert_eq!((got, bytes[0]), (8, expected));
-        let fd = fd.unwrap();
+        let fd = passed.one().unwrap();
         assert_eq!(file::status(&fd).unwrap(), file::status(&sent).unwrap());
         // SAFETY: F_GETFD takes any number and touches no memory.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFD) };

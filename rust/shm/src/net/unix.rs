@@ -178,15 +178,37 @@ pub fn send_with_fd(
     call::check_count(unsafe { libc::sendmsg(fd.as_fd().as_raw_fd(), &raw const message, flags) })
 }
 
+/// What came beside the bytes of a message.
+#[derive(Debug, Default)]
+pub enum Passed {
+    /// No descriptor.
+    #[default]
+    Nothing,
+    /// One.
+    One(Fd),
+    /// One that is lost, because this process may not have another one open.
+    Lost,
+}
+
+impl Passed {
+    /// The descriptor, if there is one.
+    #[must_use]
+    pub fn one(self) -> Option<Fd> {
+        match self {
+            Self::One(fd) => Some(fd),
+            Self::Nothing | Self::Lost => None,
+        }
+    }
+}
+
 /// Receives bytes, and the descriptor that came with them.
 ///
 /// The kernel never joins the bytes of two messages that each carry a descriptor. 0 bytes is the end
 /// of the stream.
 ///
 /// # Errors
-/// Those of `recvmsg`; `InvalidData` if more than one descriptor came or some could not be taken
-/// (those that came are closed).
-pub fn recv_with_fd(fd: impl AsFd, into: &mut [u8], flags: i32) -> io::Result<(usize, Option<Fd>)> {
+/// Those of `recvmsg`; `InvalidData` if more than one descriptor came (those are closed).
+pub fn recv_with_fd(fd: impl AsFd, into: &mut [u8], flags: i32) -> io::Result<(usize, Passed)> {
     let mut control = MaybeUninit::<Control>::zeroed();
     let mut part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     let mut message = empty_message();
@@ -201,13 +223,17 @@ pub fn recv_with_fd(fd: impl AsFd, into: &mut [u8], flags: i32) -> io::Result<(u
         libc::recvmsg(fd.as_fd().as_raw_fd(), &raw mut message, flags)
     })?;
     let mut received = received_fds(&message);
-    if received.len() > 1 || message.msg_flags & libc::MSG_CTRUNC != 0 {
-        return Err(io::Error::new(
+    // There was room for more than one; so the first was not kept out for want of it.
+    let is_cut = message.msg_flags & libc::MSG_CTRUNC != 0;
+    match (received.pop(), is_cut) {
+        (None, false) => Ok((got, Passed::Nothing)),
+        (None, true) => Ok((got, Passed::Lost)),
+        (Some(fd), false) if received.is_empty() => Ok((got, Passed::One(fd))),
+        _ => Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "a message came with several descriptors, or one that could not be taken",
-        ));
+            "a message came with several descriptors",
+        )),
     }
-    Ok((got, received.pop()))
 }
 
 /// Takes over all descriptors in the control data of a received message.
