@@ -42,23 +42,19 @@ enum Access {
 /// Bytes of a register.
 const REGISTER: u64 = 4;
 
-/// Bytes of a page that offsets of mappings are multiples of, at least.
-const PAGE: u64 = 4096;
-
 impl Registers {
-    /// Maps `len` bytes of registers that `fd` has at `offset`, behind the first `skip` bytes of
-    /// a page: registers smaller than a page may begin in its middle.
+    /// Maps `len` bytes of registers that `fd` has at `offset`, which may be in the middle of a page.
     ///
     /// # Errors
-    /// `InvalidInput` for numbers that are not multiples of 4, or `skip` not below 4096; else those
-    /// of `mmap`.
-    pub fn map(fd: Fd, offset: u64, skip: u64, len: u64) -> io::Result<Registers> {
-        if skip >= PAGE || skip % REGISTER != 0 || len % REGISTER != 0 {
+    /// `InvalidInput` for numbers that are not multiples of 4; else those of `mmap`.
+    pub fn map(fd: Fd, offset: u64, len: u64) -> io::Result<Registers> {
+        if offset % REGISTER != 0 || len % REGISTER != 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
+        let skip = offset % file::page_size();
         let length = skip.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
-        let pages = Pages::map(fd, offset, length)?;
-        // Below 4096.
+        let pages = Pages::map(fd, offset - skip, length)?;
+        // Below the size of a page.
         #[allow(clippy::cast_possible_truncation)]
         let skip = skip as usize;
         Ok(Registers { access: Access::Mapped(pages, skip), len })
@@ -167,14 +163,15 @@ mod tests {
 
     fn registers(skip: u64) -> (Registers, Registers) {
         let fd = file::memfd(c"registers").unwrap();
-        file::set_size(&fd, 2 * PAGE).unwrap();
-        let mapped = Registers::map(fd.try_clone().unwrap(), PAGE, skip, 256).unwrap();
-        (mapped, Registers::through(fd, PAGE + skip, 256))
+        let page = file::page_size();
+        file::set_size(&fd, 2 * page).unwrap();
+        let mapped = Registers::map(fd.try_clone().unwrap(), page + skip, 256).unwrap();
+        (mapped, Registers::through(fd, page + skip, 256))
     }
 
     #[test]
     fn both_ways_reach_the_same_registers() {
-        for skip in [0, 256, 3840] {
+        for skip in [0, 256, file::page_size() - 256] {
             let (mapped, called) = registers(skip);
             mapped.store(12, 0x0003_0001).unwrap();
             assert_eq!(called.load(12).unwrap(), 0x0003_0001);
@@ -196,8 +193,8 @@ mod tests {
         }
         let fd = || file::memfd(c"askew").unwrap();
         const HUGE: u64 = u64::MAX - 3;
-        for (skip, len) in [(2, 256), (PAGE, 256), (0, 3), (0, HUGE), (4, HUGE)] {
-            assert!(Registers::map(fd(), 0, skip, len).is_err(), "{skip} {len}");
+        for (offset, len) in [(2, 256), (0, 3), (0, HUGE), (4, HUGE)] {
+            assert!(Registers::map(fd(), offset, len).is_err(), "{offset} {len}");
         }
     }
 }

@@ -30,9 +30,6 @@ use super::{Backing, Doorbells, Opened, Unusable};
 /// Longest wait for the agent's answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Mappings begin at multiples of this.
-const PAGE: u64 = 4096;
-
 /// Asks the agent at `path` for its device.
 pub(super) fn open(path: &Path) -> Result<Opened, Unusable> {
     open_within(path, PATIENCE)
@@ -203,8 +200,7 @@ fn map_registers(device: Fd, welcome: &Welcome) -> Result<Registers, Unusable> {
     if !welcome.can_map_registers {
         return Ok(Registers::through(device, part.offset, part.size));
     }
-    let skip = part.offset % PAGE;
-    Registers::map(device, part.offset - skip, skip, part.size)
+    Registers::map(device, part.offset, part.size)
         .map_err(|error| Unusable::device(format!("its registers cannot be mapped: {error}")))
 }
 

@@ -21,9 +21,6 @@ use super::{Backing, Doorbells, Opened, Unusable};
 /// The BAR of the MSI-X table, which only an ivshmem-doorbell device has.
 const MSIX_TABLE: usize = 1;
 
-/// Bytes of a page, at least: where a mapping can begin.
-const PAGE: u64 = 4096;
-
 /// Opens the device at `address`.
 pub(super) fn open(address: Address) -> Result<Opened, Unusable> {
     open_below(Path::new(pci::SYSFS), address)
@@ -119,7 +116,8 @@ fn registers(function: &Function) -> Result<Option<DoorbellRegisters>, Unusable>
     let refuse = |error: io::Error| refusal(function, function::REGISTERS, &error);
     let fd = function.open_resource(function::REGISTERS).map_err(refuse)?;
     // The file has whole pages, and the registers may begin inside of one.
-    let mapped = Registers::map(fd, 0, registers.start % PAGE, registers.size).map_err(refuse)?;
+    let offset = registers.start % files::page_size();
+    let mapped = Registers::map(fd, offset, registers.size).map_err(refuse)?;
     DoorbellRegisters::new(mapped).map(Some)
 }
 

@@ -344,7 +344,7 @@ fn map_registers(vfio: &impl Vfio, device: &Fd) -> Result<Registers, Unusable> {
         // They share a page with another device's.
         return Ok(Registers::through(fd, bar.offset, bar.size));
     }
-    Registers::map(fd, bar.offset, 0, bar.size)
+    Registers::map(fd, bar.offset, bar.size)
         .map_err(|error| Unusable::device(format!("its registers cannot be mapped: {error}")))
 }
 
