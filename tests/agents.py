@@ -7,6 +7,7 @@ thread does what a store to the doorbell does.
 
 import contextlib
 import json
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from tools import program
 ROOT = Path(__file__).resolve().parent.parent
 SERVES = "agent::tests::child_serves"
 """The part of the crate's test program that serves."""
+
+NOBODY = 65534
 
 
 @dataclass
@@ -101,6 +104,18 @@ def running_agent(directory: Path, vectors: int) -> Iterator[Agent]:
             yield Agent(process, directory).wait_ready()
         finally:
             process.kill()
+
+
+def open_as_nobody(_here: Here, device: str) -> str:
+    """Be an ordinary user, and say how ``device`` is refused."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    try:
+        ivsmc.open_device(device).close()
+    except ivsmc.DeviceError as error:
+        return str(error)
+    return "opened"
 
 
 def take_part(here: Here, device: str, total: int) -> list[dict[str, Any]]:

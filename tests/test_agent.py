@@ -1,5 +1,6 @@
 """Processes of one machine that share its device through an agent."""
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ivsmc
-from agents import Agent, ask_when_told, echo, running_agent, stream_to, take_part
+from agents import Agent, ask_when_told, echo, open_as_nobody, running_agent, stream_to, take_part
 from blocked import until_blocked
 from commands import command
 from endpoints import LOOPBACK, receive_exactly
@@ -202,6 +203,18 @@ def test_who_speaks_something_else_is_sent_away(agent: Agent) -> None:
         stranger.connect(path)
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert b"not a client of an agent" in stranger.recv(1000)
+    assert agent.status().clients == 0
+
+
+def test_who_reaches_the_socket_but_was_not_to_is_refused(agent: Agent, directory: Path) -> None:
+    """Its permissions when the agent began count, not those of the moment."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody else")
+    for path in (directory.parent, directory):
+        path.chmod(0o711)
+    Path(agent.device.removeprefix("agent:")).chmod(0o666)
+    with running(open_as_nobody, agent.device) as other:
+        assert "may not use the device; --mode and --group say who may" in other.receive()
     assert agent.status().clients == 0
 
 
