@@ -131,6 +131,7 @@ def test_streams_of_our_own(device: str) -> None:
         server = await ivsmc.asyncio.start_server(echo.serve, "127.0.0.1", device=device)
         async with server:
             host, port = server.sockets[0].getsockname()
+            assert f"laddr=('{host}', {port})" in repr(server)
             session = await ivsmc.asyncio.connect(host, port, device=device)
             assert session.transport == ("tcp" if device == "none" else "smc")
             session.close()

@@ -1,5 +1,7 @@
 """A listening end: what a listening ``socket.socket`` is for TCP."""
 
+import errno
+import os
 import socket
 import warnings
 from builtins import type as Class
@@ -98,6 +100,10 @@ class Listener:
     def getsockname(self) -> Any:
         """Return the address listened on."""
         return self._acceptor.getsockname()
+
+    def getpeername(self) -> Any:
+        """Raise ``OSError`` (``ENOTCONN``), as a listening socket does; asyncio shows it so."""
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
 
     @overload
     def getsockopt(self, level: int, option: int, /) -> int: ...
