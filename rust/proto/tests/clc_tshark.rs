@@ -1,10 +1,12 @@
 //! Wireshark's SMC dissector sees the messages as what they are, whole and well-formed.
 //!
-//! Needs `tshark` and `text2pcap`; passes with a word on stderr where they are not installed.
+//! Needs `tshark` and `text2pcap`. Where they are not installed it passes with a word on stderr, and
+//! fails with `IVSMC_REQUIRE_TOOLS=1`.
 
 use std::fmt::Write as _;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use ivsmc_proto::clc::{
     AcceptConfirm, Chid, Decline, Device, Diagnosis, Eid, FirstContact, Gid, Hostname, Proposal,
@@ -60,22 +62,29 @@ fn capture(name: &str, segments: &[(From, Vec<u8>)]) -> Option<PathBuf> {
         .args(["-q", "-D", "-T", "40000,9000", "-4", "10.0.0.1,10.0.0.2"])
         .args([&text, &pcap])
         .output();
-    let Ok(made) = made else {
-        eprintln!("skipped: text2pcap is not installed");
-        return None;
-    };
+    let made = output_of("text2pcap", made)?;
     assert!(made.status.success(), "{made:?}");
     Some(pcap)
 }
 
 /// What tshark prints about a capture; `None` if it is not there.
 fn tshark(pcap: &Path, arguments: &[&str]) -> Option<String> {
-    let Ok(seen) = Command::new("tshark").arg("-r").arg(pcap).args(arguments).output() else {
-        eprintln!("skipped: tshark is not installed");
-        return None;
-    };
+    let seen = Command::new("tshark").arg("-r").arg(pcap).args(arguments).output();
+    let seen = output_of("tshark", seen)?;
     assert!(seen.status.success(), "{seen:?}");
     Some(String::from_utf8(seen.stdout).unwrap())
+}
+
+/// What a tool gave; `None` if it is not there and need not be.
+fn output_of(tool: &str, given: io::Result<Output>) -> Option<Output> {
+    let missing = match given {
+        Ok(output) => return Some(output),
+        Err(error) => format!("{tool} cannot be run: {error}"),
+    };
+    // The name that the tests in Python go by, too.
+    assert!(std::env::var_os("IVSMC_REQUIRE_TOOLS").is_none_or(|set| set != "1"), "{missing}");
+    eprintln!("skipped: {missing}");
+    None
 }
 
 const WRONG: &str = "_ws.malformed || _ws.expert.group == \"Malformed\" || _ws.short";
