@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import ivsmc
 from commands import IVSMC, command
+from conftest import running_server
 from endpoints import LOOPBACK, receive_all
 
 CONTENT = os.urandom(3_000_000)
@@ -120,6 +122,7 @@ def test_nc_gives_up(free_port: int) -> None:
         (["bench", "--bytes", "much"], "not a size: 'much'"),
         (["bench", "--transports", "ivsmc,carrier"], "unknown transport 'carrier'"),
         (["server", "--vectors", "0"], "'0' is not in"),
+        (["server", "--group", "99999999999"], "no number of a group"),
         (["server", "--mode", "999"], "not permissions: '999'"),
         (["server", "--size", "99999999999G"], "more than any file can hold"),
         (["fly"], "invalid choice: 'fly'"),
@@ -198,6 +201,18 @@ def test_a_server_takes_the_size_of_its_file(tmp_path: Path) -> None:
         assert "region of 2097152 bytes, 1 vector a peer" in process.stderr.readline()
         process.terminate()
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"), [([], 0o600), (["--group"], 0o660), (["--mode", "606", "--group"], 0o606)]
+)
+def test_who_may_join_a_server(tmp_path: Path, options: list[str], mode: int) -> None:
+    # Only root gives files to any group.
+    group = os.getgid() + (os.getuid() == 0 and "--group" in options)
+    path = tmp_path / "socket"
+    with running_server(path, *options, *([str(group)] if "--group" in options else [])):
+        status = path.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (mode, group)
 
 
 def test_a_path_that_cannot_be_made_is_named() -> None:

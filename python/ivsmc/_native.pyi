@@ -268,11 +268,18 @@ class Server:
 
     It listens from its construction on. ``size`` is the region's in bytes, ``vectors`` the
     interrupts of each peer, ``file`` the file that holds the region (None: anonymous memory),
-    ``mode`` the permissions of the socket, which decide who may join.
+    ``mode`` and ``group`` (a number) of the socket decide who may join.
     """
 
     def __new__(
-        cls, path: str, *, size: int, vectors: int, file: str | None = None, mode: int = 0o600
+        cls,
+        path: str,
+        *,
+        size: int,
+        vectors: int,
+        file: str | None = None,
+        mode: int = 0o600,
+        group: int | None = None,
     ) -> Server: ...
     def serve(self, poll: float, /, log: Callable[[str], object] | None = None) -> None:
         """Serve clients for at most ``poll`` seconds, running signal handlers; then return.

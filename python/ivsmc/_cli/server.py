@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import ivsmc
-from ivsmc._cli import sockets
+from ivsmc._cli import groups, sockets
 from ivsmc._cli.arguments import Commands, bounded, permissions, size
 from ivsmc._cli.serving import serve, stop_on_sigterm
 
@@ -48,8 +48,13 @@ Who may open the socket may read and write the region.""",
     parser.add_argument(
         "--mode",
         type=permissions,
-        default=0o600,
-        help="permissions of the socket, octal (default: 600)",
+        help="permissions of the socket, octal (default: 600, with --group 660)",
+    )
+    parser.add_argument(
+        "--group",
+        type=groups.argument,
+        metavar="GROUP",
+        help="group of the socket, by name or number",
     )
     parser.set_defaults(run=run)
 
@@ -58,12 +63,16 @@ def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     stop_on_sigterm()
     Path(options.path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    mode = options.mode
+    if mode is None:
+        mode = 0o600 if options.group is None else 0o660
     server = ivsmc.Server(
         options.path,
         size=_size(options),
         vectors=options.vectors,
         file=options.file,
-        mode=options.mode,
+        mode=mode,
+        group=options.group,
     )
     with server, contextlib.suppress(KeyboardInterrupt):
         _log(

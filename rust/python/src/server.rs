@@ -26,7 +26,7 @@ impl Server {
 #[pymethods]
 impl Server {
     #[new]
-    #[pyo3(signature = (path, *, size, vectors, file = None, mode = 0o600))]
+    #[pyo3(signature = (path, *, size, vectors, file = None, mode = 0o600, group = None))]
     fn new(
         py: Python<'_>,
         path: PathBuf,
@@ -34,12 +34,13 @@ impl Server {
         vectors: u16,
         file: Option<PathBuf>,
         mode: u32,
+        group: Option<u32>,
     ) -> PyResult<Self> {
         let backing = match file {
             None => Backing::Memfd { size },
             Some(path) => Backing::File { path, size: Some(size) },
         };
-        let options = ServerOptions { mode, backing, vectors, ..ServerOptions::new(path) };
+        let options = ServerOptions { mode, group, backing, vectors, ..ServerOptions::new(path) };
         let server = detach(py, || server::Server::new(options))
             .map_err(|error| errors::to_python(py, error))?;
         Ok(Self { open: Open::new(server) })

@@ -99,7 +99,7 @@ impl Server {
     pub fn new(options: ServerOptions) -> Result<Self> {
         options.judge()?;
         // The socket first: of the two it is the one that is often refused, and leaves nothing.
-        let socket = Socket::bind(Kind::Host, &options.path, options.mode, None)?;
+        let socket = Socket::bind(Kind::Host, &options.path, options.mode, options.group)?;
         let memory = Memory::new(&options.backing)?;
         let ids = Ids::new(options.ids, memory.first_id());
         Ok(Self {

@@ -18,6 +18,8 @@ pub struct ServerOptions {
     pub path: PathBuf,
     /// Permissions of the socket; who may write it may join. Default 0600.
     pub mode: u32,
+    /// Group of the socket, by its number. Default: that of the process.
+    pub group: Option<u32>,
     /// The shared memory. Default: a memfd of 64 MiB.
     pub backing: Backing,
     /// Eventfds of each client, 1..=256; QEMU's `vectors=` must be at least that. Default 1, as
@@ -36,6 +38,7 @@ impl ServerOptions {
         Self {
             path: path.into(),
             mode: 0o600,
+            group: None,
             backing: Backing::Memfd { size: 64 << 20 },
             vectors: 1,
             ids: IdOrder::default(),

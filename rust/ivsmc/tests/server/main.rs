@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -454,6 +454,20 @@ fn of_many_servers_that_start_at_once_one_listens() {
         drop(listening);
         assert!(scratch.names().is_empty(), "{:?}", scratch.names());
     }
+}
+
+#[test]
+fn the_socket_has_the_group_asked_for() {
+    let scratch = Scratch::new();
+    let own = fs::metadata("/proc/self").unwrap().gid();
+    // Only root gives files to any group.
+    let group = if fs::metadata("/proc/self").unwrap().uid() == 0 { own + 1 } else { own };
+    let options = ServerOptions { group: Some(group), mode: 0o660, ..scratch.options() };
+    let server = Server::new(options).unwrap();
+    assert_eq!(fs::metadata(server.path()).unwrap().gid(), group);
+    drop(server);
+    let server = Server::new(scratch.options()).unwrap();
+    assert_eq!(fs::metadata(server.path()).unwrap().gid(), own);
 }
 
 #[test]
