@@ -1,11 +1,14 @@
-"""The command line in a process of its own."""
+"""The command line in a process of its own, or in this one."""
 
+import argparse
 import contextlib
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+from ivsmc._cli import bind, qemu_args, xml
 
 IVSMC = [sys.executable, "-W", "error", "-m", "ivsmc"]
 
@@ -15,6 +18,16 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [*IVSMC, *arguments], capture_output=True, text=True, check=False, **options
     )
+
+
+def run_here(*arguments: str) -> int:
+    """Run one of some commands in this process; what it is refused is raised."""
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for module in (bind, qemu_args, xml):
+        module.add_parser(commands)
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """``ivsmc qemu-args`` and ``ivsmc xml``: QEMU takes the options, libvirt's schema the elements."""
 
+import errno
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from commands import command
+from commands import command, run_here
 from conftest import running_server
+from ivsmc._cli.machine import Refused
 from tools import program
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
@@ -126,6 +128,30 @@ def test_an_ivshmem_server_that_does_not_run(tmp_path: Path) -> None:
         assert "start the ivshmem server before the VM" in told.stderr
 
 
+@pytest.mark.parametrize("name", ["qemu-args", "xml"])
+def test_an_ivshmem_server_that_this_user_may_not_join(
+    socket_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It runs: nobody is told to start it."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    if os.getuid() == 0:  # who may join all
+        monkeypatch.setattr("ivsmc._cli.vm.look", refuse)
+    socket_path.chmod(0)
+    cure = f"chgrp GROUP {socket_path}; chmod 660 {socket_path}"
+    with pytest.raises(Refused, match=f"this user may not join .*{re.escape(cure)}"):
+        run_here(name, "--socket", str(socket_path))
+    assert run_here(name, "--socket", str(socket_path), "--vectors", "3") == 0
+    said = capsys.readouterr().err
+    assert cure in said
+    assert "start the ivshmem server before" not in said
+
+
 def test_fewer_vectors_than_qemu_would_be_sent(socket_path: Path) -> None:
     refused = command("qemu-args", "--socket", str(socket_path), "--vectors", "2")
     assert refused.returncode == 1
@@ -215,6 +241,19 @@ def test_libvirt_takes_a_doorbell_device(socket_path: Path) -> None:
     assert driver.attrib == {"intremap": "on", "caching_mode": "on"}
     assert domain.find("features/ioapic[@driver='qemu']") is not None
     assert domain.find("os/type[@machine='q35']") is not None
+
+
+def test_the_elements_as_json(socket_path: Path, region: Path) -> None:
+    """The same elements, and what else is to be done."""
+    for where in (["--socket", str(socket_path)], ["--file", str(region)]):
+        text = command("xml", *where)
+        result = command("xml", "--json", *where)
+        assert (result.returncode, result.stderr) == (0, "")
+        report = json.loads(result.stdout)
+        assert set(report) == {"xml", "notes"}
+        assert f"{report['xml']}\n" == text.stdout
+        assert [f"ivsmc xml: {note}" for note in report["notes"]] == text.stderr.splitlines()
+        assert report["notes"]
 
 
 def test_libvirt_takes_a_plain_device(region: Path) -> None:

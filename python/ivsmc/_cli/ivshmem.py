@@ -34,6 +34,11 @@ class Look:
     """Clients it has, without this one."""
 
 
+def admission(path: str) -> str:
+    """Return what lets a user join the ivshmem server at ``path``, who may not."""
+    return f"chgrp GROUP {path}; chmod 660 {path}; or start it with: ivsmc server --group GROUP"
+
+
 def look(path: str, timeout: float = 2.0) -> Look:
     """Join the ivshmem server at the Unix socket ``path``, and leave it.
 

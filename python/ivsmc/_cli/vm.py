@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from ivsmc._cli import sockets
 from ivsmc._cli.arguments import bounded, size
-from ivsmc._cli.ivshmem import look
+from ivsmc._cli.ivshmem import admission, look
 from ivsmc._cli.machine import Refused
 
 __all__ = ["Doorbell", "Plain", "Region", "Request", "add_options", "request"]
@@ -113,6 +113,14 @@ def _doorbell(options: argparse.Namespace, notes: list[str]) -> Doorbell:
     path = str(Path(options.socket).absolute())
     try:
         there = look(path).vectors
+    except PermissionError:
+        if options.vectors is None:
+            raise Refused(
+                f"this user may not join the ivshmem server at {path}: {admission(path)}; or say "
+                "how many --vectors it has"
+            ) from None
+        notes.append(f"the VM's user must be let join, which this one is not: {admission(path)}")
+        return Doorbell(path, options.vectors)
     except OSError as error:
         if options.vectors is None:
             raise Refused(

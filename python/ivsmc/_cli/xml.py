@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if isinstance(wanted.region, Doorbell):
         notes.append(
             "libvirt's QEMU must be able to open the socket: run ivsmc server as its user "
-            "(libvirt-qemu or qemu), or give it --mode 660 and that group"
+            "(libvirt-qemu or qemu), or with --group of its group"
         )
     if options.json:
         print(json.dumps({"xml": text, "notes": notes}, indent=2))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ivsmc._cli import sockets
 from ivsmc._cli.checks.finding import Finding, Scene, note, ok, wrong
-from ivsmc._cli.ivshmem import look
+from ivsmc._cli.ivshmem import admission, look
 from ivsmc._cli.machine import Refused
 
 _MODELS = ("ivshmem-doorbell", "ivshmem-plain")
@@ -76,7 +76,7 @@ def _server(scene: Scene, path: str) -> Finding:
         there = look(str(scene.machine.at(path)))
     except PermissionError:
         text = f"{path}: this user may not join"
-        cure = "start it with --mode 660 and give its socket to a group: chgrp GROUP " + path
+        cure = admission(path)
         return wrong(text, cure) if path in scene.sockets else note(text, cure)
     except FileNotFoundError:
         return wrong(f"{path}: there is no such socket", f"ivsmc server {path}")
