@@ -31,6 +31,8 @@ class Guest(Machine):
         """Which are installed, with what they print for each first argument."""
         self.reloads = 0
         """How often udev was told to read its rules."""
+        self.root_runs = True
+        """Root has started the command."""
         self.make("/sys/bus/pci/drivers_probe")
         self.at(DRIVERS).mkdir(parents=True)
 
@@ -126,6 +128,9 @@ class Guest(Machine):
         if module not in self.modules:
             raise Refused(f"FATAL: Module {module} not found in directory /lib/modules/6.1")
         self.has_driver(module)
+
+    def is_root(self) -> bool:
+        return self.root_runs
 
     def is_busy(self, path: str) -> bool:
         return path in self.busy

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from commands import command
+from commands import command, run_here
 from guests import DRIVERS, NOIOMMU, Guest
 from ivsmc._cli import binding, pci
 from ivsmc._cli.binding import Wish
@@ -416,6 +416,23 @@ def test_an_unknown_group(guest: Guest, group: str, words: str) -> None:
     with pytest.raises(Refused, match=words):
         bind(guest, Wish(group=group))
     assert driver(guest) is None
+
+
+@pytest.mark.parametrize("name", ["bind", "unbind"])
+def test_an_ordinary_user_is_told_at_once(
+    guest: Guest, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guest.add(driver="vfio-pci" if name == "unbind" else None)
+    guest.modules.clear()
+    guest.root_runs = False
+    before = guest.snapshot()
+    monkeypatch.setattr("ivsmc._cli.bind.Machine", lambda: guest)
+    with pytest.raises(Refused, match=r"^this needs root \(sudo\)"):
+        run_here(name)
+    assert capsys.readouterr().out == ""
+    assert run_here(name, "--dry-run") == 0
+    assert f"echo {BDF} >" in capsys.readouterr().out
+    assert guest.snapshot() == before
 
 
 def test_the_command_without_a_device() -> None:

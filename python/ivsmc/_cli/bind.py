@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from ivsmc._cli import binding, pci
 from ivsmc._cli.arguments import Commands, permissions
 from ivsmc._cli.binding import Wish
-from ivsmc._cli.machine import Machine
+from ivsmc._cli.machine import Machine, Refused
 from ivsmc._cli.pci import PciDevice
 from ivsmc._cli.steps import Step, carry_out
 
@@ -97,6 +97,8 @@ def run_unbind(options: argparse.Namespace) -> int:
 def _carry_out(
     machine: Machine, device: PciDevice, steps: Iterator[Step], options: argparse.Namespace
 ) -> int:
+    if not (options.dry_run or machine.is_root()):
+        raise Refused("this needs root (sudo); --dry-run shows what would be done")
     done = carry_out(steps, _say(options), dry_run=options.dry_run)
     device = pci.describe(machine, device.address)
     spec = binding.spec(device)

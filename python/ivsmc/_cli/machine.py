@@ -76,6 +76,10 @@ class Machine:
         """Whether this process may read and write ``path``."""
         return os.access(self.at(path), os.R_OK | os.W_OK)
 
+    def is_root(self) -> bool:
+        """Whether this process may change what is root's."""
+        return os.geteuid() == 0
+
     def is_busy(self, path: str) -> bool:
         """Whether the device node ``path``, which opens only once, is open somewhere."""
         try:
