@@ -6,6 +6,7 @@ virtual machines run the same commands against a real one.
 
 import errno
 import os
+import struct
 from pathlib import Path
 
 from ivsmc._cli.machine import Machine, Refused
@@ -14,6 +15,16 @@ from ivsmc._cli.pci import DEVICES
 DRIVERS = "/sys/bus/pci/drivers"
 NOIOMMU = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 MiB = 1 << 20
+
+
+def configuration(numbers: tuple[int, int], vectors: int) -> bytes:
+    """What root reads of a device: QEMU's, whose MSI-X capability comes first."""
+    space = bytearray(256)
+    struct.pack_into("<HH", space, 0, *numbers)
+    if vectors:
+        space[0x34] = 0x40
+        struct.pack_into("<BBHII", space, 0x40, 0x11, 0, vectors - 1, 1, 0x801)
+    return bytes(space)
 
 
 class Guest(Machine):
@@ -58,6 +69,7 @@ class Guest(Machine):
         size: int = 64 * MiB,
         group: str | None = "3",
         driver: str | None = None,
+        vectors: int = 2,
     ) -> str:
         """Plug a device in, an ivshmem-doorbell device unless told otherwise; return its path."""
         path = f"{DEVICES}/{address}"
@@ -65,6 +77,7 @@ class Guest(Machine):
         self.make(f"{path}/device", f"0x{numbers[1]:04x}\n")
         self.make(f"{path}/revision", f"0x{revision:02x}\n")
         self.make(f"{path}/class", f"0x{kind:06x}\n")
+        self.at(f"{path}/config").write_bytes(configuration(numbers, vectors if doorbell else 0))
         self.make(f"{path}/driver_override", "(null)\n")
         self.make(f"{path}/enable", "0\n")
         for bar in (0, 2):
@@ -100,7 +113,7 @@ class Guest(Machine):
                 found[name] = (0, 0, str(file.readlink()))
             elif file.is_file() and file.name not in ("bind", "unbind", "drivers_probe"):
                 status = file.stat()
-                found[name] = (status.st_mode, status.st_gid, file.read_text())
+                found[name] = (status.st_mode, status.st_gid, file.read_text("latin-1"))
         return found
 
     def write(self, path: str, text: str) -> None:

@@ -1,6 +1,5 @@
 """``ivsmc doctor``: what each check finds on machines made for it, and the whole on this one."""
 
-import argparse
 import grp
 import json
 import os
@@ -16,11 +15,10 @@ from typing import Any
 import pytest
 
 import ivsmc
-from commands import command, listening
+from commands import command, listening, run_here
 from conftest import running_server
 from endpoints import LOOPBACK
 from guests import Guest, MiB
-from ivsmc._cli import bind
 from ivsmc._cli.checks import CHECKS, Finding, Scene, Verdict
 from ivsmc._cli.checks.here import VARIABLES, region
 from ivsmc._cli.doctor import _within
@@ -61,7 +59,7 @@ def test_the_devices_of_a_vm(guest: Guest) -> None:
     guest.add()
     assert finding("pci", guest) == (
         OK,
-        f"{BDF} is ivshmem-doorbell, revision 1, region of 64 MiB",
+        f"{BDF} is ivshmem-doorbell, revision 1, region of 64 MiB, 2 vectors",
         "",
     )
     guest.add("0000:00:06.0", doorbell=False, size=4 * MiB, group=None)
@@ -69,6 +67,39 @@ def test_the_devices_of_a_vm(guest: Guest) -> None:
     assert plain.text == "0000:00:06.0 is ivshmem-plain, revision 1, region of 4 MiB"
     guest.add("0000:00:07.0", numbers=(0x1AF4, 0x1000), driver="virtio-pci", group="4")
     assert len(findings("pci", guest)) == 2
+
+
+def test_a_vm_without_doorbells(guest: Guest) -> None:
+    """Who asks for a region and doorbells is told that there is only the one."""
+    guest.add(doorbell=False, group=None)
+    for asked, expected in ((False, NOTE), (True, WRONG)):
+        device, lack = findings("pci", guest, guest=asked)
+        assert (device.verdict, lack.verdict) == (OK, expected)
+        assert "no ivshmem-doorbell device" in lack.text
+        assert "ivsmc qemu-args" in (lack.cure or "")
+    guest.add("0000:00:06.0")
+    assert [found.verdict for found in findings("pci", guest, guest=True)] == [OK, OK]
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 256])
+def test_its_vectors(guest: Guest, vectors: int) -> None:
+    path = guest.add(vectors=vectors)
+    config = guest.at(f"{path}/config")
+    space = bytearray(config.read_bytes())
+    assert finding("pci", guest)[1].endswith(f", {vectors} vector{'s' * (vectors > 1)}")
+    # Another capability before it; the lowest two bits of pointers mean nothing.
+    space[0x34], space[0x80:0x82] = 0x83, bytes([0x05, 0x43])
+    config.write_bytes(space)
+    assert finding("pci", guest)[1].endswith(f", {vectors} vector{'s' * (vectors > 1)}")
+    # In circles, beyond the end, and what others than root may read.
+    space[0x81] = 0x80
+    config.write_bytes(space)
+    assert finding("pci", guest)[1].endswith("region of 64 MiB")
+    space[0x81] = 0xFC
+    config.write_bytes(space[:0xFE])
+    assert finding("pci", guest)[1].endswith("region of 64 MiB")
+    config.write_bytes(space[:64])
+    assert finding("pci", guest)[1].endswith("region of 64 MiB")
 
 
 def test_revision_0(guest: Guest) -> None:
@@ -179,12 +210,9 @@ def carry_out_cure(guest: Guest, cure: str) -> None:
     arguments = shlex.split(cure.rpartition("; ")[2])
     assert arguments[:2] == ["ivsmc", "bind"]
     arguments[-1] = str(grp.getgrgid(os.getgid()).gr_name)
-    parser = argparse.ArgumentParser()
-    bind.add_parser(parser.add_subparsers())
-    options = parser.parse_args(arguments[1:])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bind, "Machine", lambda: guest)
-        options.run(options)
+        patch.setattr("ivsmc._cli.bind.Machine", lambda: guest)
+        run_here(*arguments[1:])
 
 
 @pytest.mark.parametrize("neighbour", [False, True], ids=["no IOMMU", "a shared group"])

@@ -42,6 +42,13 @@ class Machine:
         except OSError:
             return None
 
+    def read_bytes(self, path: str) -> bytes:
+        """Return the contents of a file; nothing if it cannot be read."""
+        try:
+            return self.at(path).read_bytes()
+        except OSError:
+            return b""
+
     def names(self, path: str) -> list[str]:
         """Return what is in a directory, sorted; nothing if there is none."""
         try:

@@ -44,6 +44,8 @@ class PciDevice:
     """ivshmem-doorbell, not ivshmem-plain: it has a BAR1 for its interrupts."""
     size: int
     """Bytes of BAR2, the region."""
+    vectors: int | None
+    """Entries of its MSI-X table, its interrupts; None for those who may not look, as only root."""
 
     @property
     def path(self) -> str:
@@ -126,6 +128,7 @@ def describe(machine: Machine, address: str) -> PciDevice:
         is_noiommu=machine.read(f"{path}/iommu_group/name") == "vfio-noiommu",
         has_doorbell=bars[1] > 0,
         size=bars[2],
+        vectors=_vectors(machine.read_bytes(f"{path}/config")),
     )
 
 
@@ -166,6 +169,18 @@ def lack_of_iommu(machine: Machine) -> tuple[str, str]:
         "start the VM with one (ivsmc qemu-args and ivsmc xml, on the host, print the options), "
         "and boot it with intel_iommu=on",
     )
+
+
+def _vectors(config: bytes) -> int | None:
+    """Return the entries of the MSI-X table by a configuration space (PCI 3.0, 6.7 and 6.8.2)."""
+    at = config[0x34] & ~3 if len(config) > 0x34 else 0
+    for _ in range(48):  # more do not fit: it goes in circles
+        if at < 0x40 or at + 4 > len(config):
+            break
+        if config[at] == 0x11:
+            return (int.from_bytes(config[at + 2 : at + 4], "little") & 0x7FF) + 1
+        at = config[at + 1] & ~3
+    return None
 
 
 def _number(machine: Machine, path: str) -> int:

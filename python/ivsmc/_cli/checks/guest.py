@@ -8,12 +8,14 @@ from ivsmc._cli.checks.finding import Finding, Scene, note, ok, wrong
 
 
 def present(scene: Scene) -> Iterator[Finding]:
-    """Look for devices of a revision that works."""
+    """Look for devices of a revision that works, one of them with doorbells."""
     for device in scene.ivshmem:
         title = (
             f"{device.address} is {device.model}, revision {device.revision}, "
             f"region of {device.size >> 20} MiB"
         )
+        if device.vectors is not None:
+            title += f", {device.vectors} vector{'' if device.vectors == 1 else 's'}"
         if device.revision == 0:
             yield wrong(
                 f"{title}: of a QEMU before 2.6, which ivsmc does not support",
@@ -21,6 +23,12 @@ def present(scene: Scene) -> Iterator[Finding]:
             )
         else:
             yield ok(title)
+    if scene.ivshmem and not any(device.has_doorbell for device in scene.ivshmem):
+        yield scene.if_guest(
+            "no ivshmem-doorbell device: sessions wait without doorbells, woken over TCP",
+            "start the VM with one of an ivshmem server: ivsmc qemu-args (or ivsmc xml), on the "
+            "host",
+        )
     if not scene.ivshmem:
         yield scene.if_guest(
             "no ivshmem device: this is no VM with a region",
