@@ -20,7 +20,7 @@ STEADY = 1 << 20
 """Bytes after whose arrival a stream is in full flow."""
 
 
-def accept_one(here: Here, device: str) -> ivsmc.Session:
+def accept_one(here: Here, device: str | None) -> ivsmc.Session:
     """Say the port, and accept one session."""
     with ivsmc.create_server(ANYWHERE, device=device, require="smc") as listener:
         here.send(listener.getsockname()[1])
@@ -28,14 +28,14 @@ def accept_one(here: Here, device: str) -> ivsmc.Session:
     return session
 
 
-def accept_and_exchange(here: Here, device: str, total: int) -> Path:
+def accept_and_exchange(here: Here, device: str | None, total: int) -> Path:
     """Exchange ``total`` bytes each way, at once, with who connects."""
     with accept_one(here, device) as session:
         exchange(session, SEEDS[0], SEEDS[1], total)
         return Path.of(session)
 
 
-def connect_and_exchange(device: str, address: tuple[str, int], total: int) -> Path:
+def connect_and_exchange(device: str | None, address: tuple[str, int], total: int) -> Path:
     """Exchange ``total`` bytes each way with ``accept_and_exchange``."""
     with connect(address, device) as session:
         exchange(session, SEEDS[1], SEEDS[0], total)
@@ -154,6 +154,13 @@ def _flow(
         how = ends[0].result(), ends[1].result()
     peer = str(session.stats()["peer"])
     return Flow(Path.of(session), peer, outgoing.position, incoming.position, how)
+
+
+def vectors(device: str) -> list[int | None]:
+    """Those on which other processes of this machine are notified."""
+    with ivsmc.open_device(device) as attachment:
+        slots = attachment.slots()
+    return sorted(slot["vector"] for slot in slots if slot["same_boot"] and not slot["own"])
 
 
 def census(device: str) -> dict[str, int]:

@@ -37,7 +37,7 @@ class Path:
         return cls(stream.transport, stream.stats()["device"], reason.name if reason else None)
 
 
-def connect(address: tuple[str, int], device: str) -> ivsmc.Session:
+def connect(address: tuple[str, int], device: str | None) -> ivsmc.Session:
     """Connect, over shared memory, however late an emulated listener takes its connections."""
     for _ in range(TRIES):
         with contextlib.suppress(ivsmc.SMCRequired):
@@ -96,6 +96,18 @@ class Wakes:
     interrupts: int
     """Of the guest's device, while the session was used; 0 in the host, which has none."""
     stats: dict[str, int]
+
+    def assert_by_doorbell(self, rounds: int) -> None:
+        """It slept for most of so many rounds, and hardly a byte went over TCP to wake anyone."""
+        assert self.stats["doorbells_sent"] >= rounds // 2
+        assert self.stats["doorbells_received"] >= rounds // 2
+        assert self.stats["wakes_sent"] < rounds // 10
+        assert self.in_host or self.interrupts >= rounds // 2
+
+    @property
+    def in_host(self) -> bool:
+        """Whether its device is one of the host, which has no interrupts."""
+        return (self.path.device or "").startswith("host:")
 
 
 def serve_rounds(here: Here, device: str, rounds: int, busy: bool, pause: float) -> Wakes:
