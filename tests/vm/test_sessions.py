@@ -73,6 +73,7 @@ def test_busy_ends_are_not_interrupted(bed: Bed, way: tuple[str, str]) -> None:
     for end in play(bed, "doorbell", way, busy=True):
         assert end.interrupts < ROUNDS // 10
         assert end.stats["doorbells_sent"] < ROUNDS // 10
+        assert end.stats["wakes_sent"] < ROUNDS // 10
 
 
 def test_sleepers_of_plain_devices_are_woken_over_tcp(bed: Bed, way: tuple[str, str]) -> None:
