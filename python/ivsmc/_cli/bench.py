@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         report = _measure_between(plan, options)
     else:
         report = _measure(transports, plan, options)
-    print(json.dumps(report, indent=2) if options.json else _table(report))
+    print(json.dumps(report, indent=2) if options.json else table(report))
     return 0
 
 
@@ -253,7 +253,9 @@ def _add_ratios(results: list[dict[str, Any]]) -> None:
         result["throughput_times_tcp"] = speed
 
 
-def _table(report: dict[str, Any]) -> str:
+def table(report: dict[str, Any]) -> str:
+    """Return a report as people read it."""
+
     def ratio(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} x"
 
