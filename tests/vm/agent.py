@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 import ivsmc.asyncio  # noqa: F401 - slow to import in a guest, so once for all jobs
 import processes
 import random_stream  # noqa: F401
+from ivsmc import _native
 from vm import tasks  # noqa: F401
 from vm.frames import Decoder, Frame, Kind, encode
 
@@ -125,6 +126,7 @@ def _run(pipe: Connection, body: bytes) -> None:
     try:
         function, arguments = pickle.loads(body)
         processes.serve(pipe, function, arguments)
+        _native.shutdown()  # as at the end of any program
         status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -168,3 +168,15 @@ def census(device: str) -> dict[str, int]:
     with ivsmc.open_device(device) as attachment:
         attachment.reap()
         return attachment.census()
+
+
+def memory_type(device: str) -> str | None:
+    """What the memory of a guest's device was measured to be."""
+    with ivsmc.open_device(device) as attachment:
+        found: str | None = attachment.stats()["memory"]
+    return found
+
+
+def found() -> list[str]:
+    """The devices that a process uses which names none."""
+    return [device["spec"] for device in ivsmc.devices() if device["usable"]]

@@ -51,8 +51,13 @@ def set_up_guest(address: str, devices: list[str]) -> None:
     run("ip", "address", "add", f"{address}/24", "dev", interface)
     run("ip", "link", "set", interface, "up")
     for device in devices:
-        status = ivsmc.__main__.main(["bind", device])
-        assert status == 0, f"ivsmc bind {device}: {status}"
+        ivsmc_here("bind", device)
+
+
+def ivsmc_here(*arguments: str) -> None:
+    """Run a command of ivsmc in this process: a guest takes long to start another Python."""
+    status = ivsmc.__main__.main([*arguments])
+    assert status == 0, f"ivsmc {' '.join(arguments)}: {status}"
 
 
 def run_server(here: Here, command: list[str]) -> int:
