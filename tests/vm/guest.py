@@ -1,6 +1,7 @@
 """A guest: QEMU with this host's file system, read-only, as its own, booted by virtme-ng."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -128,21 +129,24 @@ class Guest(Machine):
         port = "/dev/virtio-ports/ivsmc.agent"
         virtme += ["--script-sh", f"exec env {environment} {python} {port}"]
         identity = uuid.uuid5(uuid.NAMESPACE_DNS, f"{self.name}.ivsmc.test")
-        size = memory.stat().st_size
         qemu = f"""
-            -uuid {identity} -action reboot=reset
+            -action reboot=reset
             -chardev socket,id=qmp,path={qmp} -mon chardev=qmp,mode=control
             -chardev socket,id=agent,path={self._port_path},server=on,wait=off
             -device virtio-serial-pci -device virtserialport,chardev=agent,name=ivsmc.agent
             -netdev tap,id=net,ifname={self.tap},script=no,downscript=no
             -device virtio-net-pci,netdev=net,mac=52:54:00:00:00:{self._number:02x}
-            -device intel-iommu
-            -chardev socket,id=ivshmem,path={server}
-            -device ivshmem-doorbell,chardev=ivshmem,vectors={VECTORS},addr={_slot(DOORBELL)}
-            -object memory-backend-file,id=plain,share=on,mem-path={memory},size={size}
-            -device ivshmem-plain,memdev=plain,addr={_slot(PLAIN)}
         """
-        return [*virtme, "--qemu-opts", *qemu.split()]
+        options = self._ivshmem(DOORBELL, "--socket", str(server), "--uuid", str(identity))
+        options += self._ivshmem(PLAIN, "--file", str(memory), "--name", "ivsmc1")
+        return [*virtme, "--qemu-opts", *options, *qemu.split()]
+
+    def _ivshmem(self, place: str, *region: str) -> list[str]:
+        """What ``ivsmc qemu-args`` says for a region, with the place of its device."""
+        command = [sys.executable, "-m", "ivsmc", "qemu-args", "--json", "--accel", "tcg", *region]
+        said: list[str] = json.loads(self._host.call(tasks.run, *command))["arguments"]
+        assert said[-2] == "-device"
+        return [*said[:-1], f"{said[-1]},addr={_slot(place)}"]
 
     @property
     def _port_path(self) -> Path:
