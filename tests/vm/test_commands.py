@@ -9,20 +9,36 @@ import pytest
 
 from vm import tasks
 from vm.bed import Bed
-from vm.commands import hold_open, status_of
+from vm.commands import Given, come_anew, hold_open, status_of
 from vm.guest import DOORBELL, PLAIN, Guest
 
 IVSMC = [sys.executable, "-m", "ivsmc"]
+RULES = "/etc/udev/rules.d"
+GROUP = "daemon"
+"""One that any Linux has, and root is not in."""
 
 
 @pytest.fixture
 def machine(bed: Bed) -> Iterator[Guest]:
     """A guest whose doorbell device has no driver; afterwards the one that other tests need."""
     guest = bed.guests[0]
-    guest.call(status_of, [*IVSMC, "unbind", DOORBELL])
+    guest.call(tasks.ivsmc_here, "unbind", DOORBELL)
     yield guest
-    status, _, err = guest.call(status_of, [*IVSMC, "bind", DOORBELL])
-    assert status == 0, err
+    guest.call(tasks.ivsmc_here, "bind", DOORBELL)
+
+
+@pytest.fixture
+def keeper(bed: Bed) -> Iterator[Guest]:
+    """A guest that can be given rules for udev; without them afterwards."""
+    guest = bed.guests[0]
+    guest.call(tasks.run, "mount", "-t", "tmpfs", "ivsmc", RULES)
+    yield guest
+    for device in (DOORBELL, PLAIN):
+        guest.call(tasks.ivsmc_here, "unbind", device)
+    guest.call(tasks.run, "umount", RULES)
+    guest.call(tasks.run, "udevadm", "control", "--reload")
+    for device in (DOORBELL, PLAIN):
+        guest.call(tasks.ivsmc_here, "bind", device)
 
 
 def report(machine: Guest, *arguments: str) -> dict[str, Any]:
@@ -53,6 +69,15 @@ def test_bind_and_unbind(machine: Guest) -> None:
 def test_bind_a_plain_device(machine: Guest) -> None:
     bound = report(machine, "bind", PLAIN, "--mode", "600")
     assert (bound["driver"], bound["spec"]) == (None, f"pci:{PLAIN}")
+
+
+@pytest.mark.parametrize(("device", "driver"), [(DOORBELL, "vfio-pci"), (PLAIN, None)])
+def test_bind_at_every_boot(keeper: Guest, device: str, driver: str | None) -> None:
+    """The guest's own udev does as the rule says, when the device comes."""
+    options = ["--group", GROUP, "--mode", "640", "--persist"]
+    bound = report(keeper, "bind", device, *options)
+    file = bound["node"] if driver else f"/sys/bus/pci/devices/{device}/resource2"
+    assert keeper.call(come_anew, device, file) == Given(driver, GROUP, 0o640)
 
 
 def test_one_of_two_must_be_named(machine: Guest) -> None:
