@@ -47,12 +47,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=size("256M"),
         help="bytes each way of the stream test, per device (default: 256M)",
     )
-    parser.addoption(
-        "--vm-pause",
-        type=float,
-        default=10,
-        help="seconds for which a guest is paused in mid-stream (default: 10)",
-    )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -23,12 +23,6 @@ def bed() -> Iterator[Bed]:
         yield bed
 
 
-@pytest.fixture
-def vm_pause(request: pytest.FixtureRequest) -> float:
-    """Seconds for which a guest is paused."""
-    return float(request.config.getoption("--vm-pause"))
-
-
 @pytest.fixture(autouse=True)
 def no_leaks() -> None:
     """In place of the one that looks at pytest's process: the sessions are in others."""

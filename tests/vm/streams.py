@@ -163,6 +163,12 @@ def vectors(device: str) -> list[int | None]:
     return sorted(slot["vector"] for slot in slots if slot["same_boot"] and not slot["own"])
 
 
+def slots_at(device: str, address: str) -> set[str]:
+    """The slots of processes on the host or guest that has this address."""
+    with ivsmc.open_device(device) as attachment:
+        return {slot["slot"] for slot in attachment.slots() if address in slot["addresses"]}
+
+
 def census(device: str) -> dict[str, int]:
     """What is in use in the region, after taking back what dead peers had."""
     with ivsmc.open_device(device) as attachment:

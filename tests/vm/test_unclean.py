@@ -5,15 +5,17 @@ tests of the bed: they leave it with guests that have begun anew.
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from vm import tasks
 from vm.bed import Bed
 from vm.guest import Guest
 from vm.machine import Job
-from vm.streams import Flow, census, connect_flow, serve_flows
+from vm.streams import Flow, census, connect_flow, serve_flows, slots_at
 
 KINDS = ("doorbell", "plain")
 PEERS = ("one", "host")
@@ -106,11 +108,12 @@ def assert_new_sessions_work(bed: Bed, victim: Guest, before: list[Flow]) -> Non
             assert flow.peer not in {old.peer for old in same}, kind
 
 
-def test_paused(bed: Bed, victim: Guest, vm_pause: float) -> None:
-    """Nothing but delay."""
+@pytest.mark.parametrize("seconds", [10, 60])
+def test_paused(bed: Bed, victim: Guest, seconds: int) -> None:
+    """Nothing but delay, also when keepalive has asked in vain: after 30 s, and every 15 s."""
     with streams(bed, victim) as flowing:
         victim.pause()
-        time.sleep(vm_pause)
+        time.sleep(seconds)
         victim.resume()
         flowing.finish()
 
@@ -142,3 +145,22 @@ def test_killed(bed: Bed, victim: Guest) -> None:
     for kind in KINDS:
         assert_clean(bed, kind)
     assert_new_sessions_work(bed, victim, ended)
+
+
+def test_killed_and_given_up(bed: Bed, victim: Guest) -> None:
+    """Nobody but an operator can say on a plain device that a guest is gone for good."""
+    plain = bed.spec(bed.host, "plain")
+    before, others = bed.host.call(census, plain), bed.host.call(slots_at, plain, victim.address)
+    with streams(bed, victim) as flowing:
+        [slot] = bed.host.call(slots_at, plain, victim.address) - others
+        victim.kill()
+        for name in PEERS:
+            flowing.peers["plain", name].kill()
+            peer = bed.machine(name)
+            peer.call(census, bed.spec(peer, "plain"))  # what they had is taken back
+        assert slot in bed.host.call(slots_at, plain, victim.address)
+        assert bed.host.call(census, plain)["dmbs_held"] > 0
+        declare = ["region", plain, "--declare-dead", slot, "--yes"]
+        bed.host.call(tasks.run, sys.executable, "-m", "ivsmc", *declare)
+        assert bed.host.call(slots_at, plain, victim.address) == others
+        assert bed.host.call(census, plain) == before
