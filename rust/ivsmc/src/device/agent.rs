@@ -93,10 +93,12 @@ struct Given {
 
 /// Says hello, and hears the answer.
 fn ask(socket: &Fd, until: Instant) -> Result<Given, Unusable> {
-    // A new connection's buffer has room.
-    let said = net::send_with_fd(socket, &agent::hello(), None);
-    if !said.is_ok_and(|sent| sent == agent::HEADER_LENGTH) {
-        return Err(ended());
+    match net::send_with_fd(socket, &agent::hello(), None) {
+        Ok(agent::HEADER_LENGTH) => {}
+        // It has ended the connection, perhaps after it had said why.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        // A new connection's buffer has room.
+        _ => return Err(ended()),
     }
     let mut hearing = Hearing::default();
     let (mut welcome, mut doorbell, mut departures) = (None, None, None);
