@@ -246,9 +246,7 @@ def test_the_back_stop_finds_a_lost_doorbell(device: str) -> None:
     with closing(ivsmc.open_device(device)):
         known = set(eventfds(os.getpid()))
         with answered(device) as (remote, (session,)):
-            until_blocked(remote.process.pid)
-            ask(session, b"question")
-            until_blocked(remote.process.pid)
+            warm_up(remote, session)
             with losing_doorbells_to(remote.process.pid, known):
                 before = session.stats()
                 session.settimeout(PATIENCE)
@@ -316,8 +314,7 @@ def test_a_fork_takes_nothing_from_who_sleeps(device: str) -> None:
         return os.getpid()
 
     with ThreadPoolExecutor(1) as pool, answered(device) as (remote, (session,)):
-        until_blocked(remote.process.pid)
-        ask(session, b"question")
+        warm_up(remote, session)
         inside: list[int] = []
         entered = threading.Event()
 
