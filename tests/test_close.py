@@ -76,6 +76,24 @@ def test_close_with_data_unread_is_a_reset_after_the_data(pair: Pair) -> None:
         far.recv(1)
 
 
+@pytest.mark.parametrize("call", ["MSG_WAITALL", "recvmsg_into"])
+def test_a_reset_is_told_after_a_call_that_met_it_and_returned_data(pair: Pair, call: str) -> None:
+    """It would be a proper end otherwise."""
+    near, far = pair
+    near.sendall(b"read this first")
+    _until_there(far)
+    far.sendall(b"never read")
+    _until_there(near)
+    near.close()
+    if call == "MSG_WAITALL":
+        assert far.recv(16, socket.MSG_WAITALL) == b"read this first"
+    else:
+        assert far.recvmsg_into([bytearray(15), bytearray(1)])[0] == 15
+    with pytest.raises(ConnectionResetError):
+        far.recv(1)
+    assert far.recv(1) == b""
+
+
 def test_close_with_data_unread_wakes_the_peer(pair: Pair) -> None:
     near, far = pair
     far.sendall(b"never read")

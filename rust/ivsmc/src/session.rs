@@ -277,7 +277,10 @@ impl Session {
                         break;
                     }
                 }
-                Err(_) if sent > 0 => break,
+                Err(error) if sent > 0 => {
+                    inner.leave(&error);
+                    break;
+                }
                 Err(error) => return Err(error),
             }
             if sent > 0 {
@@ -338,7 +341,11 @@ impl Session {
                     continue;
                 }
                 Ok(None) => {}
-                Err(error) => return if got > 0 { Ok(got) } else { Err(error) },
+                Err(error) if got > 0 => {
+                    inner.leave(&error);
+                    return Ok(got);
+                }
+                Err(error) => return Err(error),
             }
             if timeout == Timeout::NonBlocking {
                 return if got > 0 { Ok(got) } else { Err(Error::WouldBlock) };
@@ -499,6 +506,13 @@ impl Session {
         self.inner.options.set(&*self.inner.conn()?, level, name, value)
     }
 
+    /// Leaves an error of [`Session::recv`] to the next call, as the kernel does, for a caller that
+    /// returns what it has received before instead. A reset is told once: it would be lost, and
+    /// the stream would seem to end properly.
+    pub fn leave_error(&self, error: &Error) {
+        self.inner.leave(error);
+    }
+
     /// What this session did so far; on TCP only the bytes.
     pub fn stats(&self) -> SessionStats {
         match &self.inner.path {
@@ -524,6 +538,13 @@ impl Inner {
             return Err(Error::Closed);
         }
         Ok(())
+    }
+
+    fn leave(&self, error: &Error) {
+        match &self.path {
+            Path::Tcp(_, traffic) => traffic.leave(error),
+            Path::Smc(link) => link.leave(error),
+        }
     }
 
     /// The background thread; `None` once closed.

@@ -356,7 +356,10 @@ impl Stream {
                 Err(error) if total == 0 || matches!(error, Error::Interrupted) => {
                     return Err(gil.raise(error));
                 }
-                Err(_) => break,
+                Err(error) => {
+                    self.session.leave_error(&error);
+                    break;
+                }
             };
             total += got;
             if got < size {

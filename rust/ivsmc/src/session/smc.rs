@@ -89,6 +89,13 @@ impl Link {
         }
     }
 
+    /// Has a reset told again that a call has taken and not passed on.
+    pub(super) fn leave(&self, error: &Error) {
+        if let Error::Reset = error {
+            self.reset_told.store(false, Ordering::Release);
+        }
+    }
+
     /// The connection ended: if the peer did not close, it may be dead, and what it held is to
     /// be given back. The kernel ends its connections before its locks, so ask more than once.
     fn look_after_the_dead(&self, reactor: &Arc<Reactor>) {

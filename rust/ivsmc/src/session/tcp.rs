@@ -2,7 +2,7 @@
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, MSG_DONTWAIT};
@@ -17,9 +17,29 @@ use crate::{Error, Result};
 pub(super) struct Traffic {
     sent: AtomicU64,
     received: AtomicU64,
+    /// Number of an error that the kernel has told and nobody else has; 0 for none.
+    left: AtomicI32,
 }
 
 impl Traffic {
+    /// Has the next call fail with `error`, where the kernel would not say it again.
+    pub(super) fn leave(&self, error: &Error) {
+        if let (Error::Reset | Error::Os(_), Some(number)) = (error, error.errno()) {
+            self.left.store(number, Ordering::Relaxed);
+        }
+    }
+
+    fn take_left(&self) -> Result<()> {
+        // Most often there is none: a load costs less than a swap.
+        match self.left.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => match self.left.swap(0, Ordering::Relaxed) {
+                0 => Ok(()),
+                number => Err(std::io::Error::from_raw_os_error(number).into()),
+            },
+        }
+    }
+
     pub(super) fn stats(&self) -> SessionStats {
         SessionStats {
             bytes_sent: self.sent.load(Ordering::Relaxed),
@@ -103,6 +123,9 @@ impl Inner {
         host: &impl Host,
         mut call: impl FnMut(i32) -> std::io::Result<T> + Send,
     ) -> Result<T> {
+        if let Path::Tcp(_, traffic) = &self.path {
+            traffic.take_left()?;
+        }
         let flags = if timeout == Timeout::Never { 0 } else { MSG_DONTWAIT };
         loop {
             let result = host.blocking(|| {
