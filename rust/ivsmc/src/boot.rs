@@ -11,10 +11,10 @@ use ivsmc_shm::file::{self, BootId};
 /// are a proof of death. See `ivsmc_proto::proof`.
 ///
 /// # Errors
-/// If there are no random numbers.
+/// Those of a process without descriptors or memory to look; if there are no random numbers.
 pub(crate) fn here() -> io::Result<(Boot, u64)> {
     let boot = match file::boot_id()? {
-        BootId::Kernels(id) => (Boot { id, machine: file::machine_uuid().unwrap_or(0) }, 0),
+        BootId::Kernels(id) => (Boot { id, machine: file::machine_uuid()?.unwrap_or(0) }, 0),
         BootId::Masked { mask } => (Boot { id: 0, machine: 0 }, mask),
     };
     Ok(boot)

@@ -28,13 +28,14 @@ pub enum BootId {
 /// The identity of this boot of the kernel.
 ///
 /// # Errors
-/// If it is masked by what is not readable as a UUID and there are no random numbers.
+/// Those of a process without descriptors or memory to look; if it is masked by what is not readable
+/// as a UUID and there are no random numbers.
 pub fn boot_id() -> io::Result<BootId> {
     boot_id_at(Path::new("/proc/sys/kernel/random/boot_id"))
 }
 
 fn boot_id_at(path: &Path) -> io::Result<BootId> {
-    let shown = Shown::read(path, PROC).ok();
+    let shown = Shown::at(path, PROC)?;
     let id = shown.as_ref().and_then(|shown| parse_uuid(shown.text.trim()));
     match (shown, id) {
         (Some(Shown { mask: None, .. }), Some(id)) if id != 0 => Ok(BootId::Kernels(id)),
@@ -60,6 +61,15 @@ struct Shown {
 }
 
 impl Shown {
+    /// What stands at `path`; `None` if that cannot be read, which fails only where the reason is this
+    /// process's and not the file's.
+    fn at(path: &Path, magic: u64) -> io::Result<Option<Self>> {
+        match Self::read(path, magic) {
+            Err(error) if is_shortage(&error) => Err(error),
+            read => Ok(read.ok()),
+        }
+    }
+
     /// Reads what stands at `path`, which should be a file of the file system `magic`. A file of the same
     /// one may be mounted over it too: then it is on another mount than its directory.
     fn read(path: &Path, magic: u64) -> io::Result<Self> {
@@ -82,6 +92,11 @@ impl Shown {
     }
 }
 
+/// Whether a system call failed for want of descriptors or memory: at another time it may not.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
+}
+
 /// The mount through which `file` was opened, as the kernel numbers them.
 fn mount_of(file: &File) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
@@ -91,10 +106,13 @@ fn mount_of(file: &File) -> io::Result<u64> {
 
 /// The uuid that the firmware gives this machine, real or virtual: the same after a reboot. `None`
 /// if it has none, this process may not read it (root may), or something is mounted over it.
-#[must_use]
-pub fn machine_uuid() -> Option<u128> {
-    let shown = Shown::read(Path::new("/sys/class/dmi/id/product_uuid"), SYSFS).ok()?;
-    shown.mask.is_none().then(|| parse_machine_uuid(&shown.text))?
+///
+/// # Errors
+/// Those of a process without descriptors or memory to look.
+pub fn machine_uuid() -> io::Result<Option<u128>> {
+    let shown = Shown::at(Path::new("/sys/class/dmi/id/product_uuid"), SYSFS)?;
+    let kernels = shown.filter(|shown| shown.mask.is_none());
+    Ok(kernels.and_then(|shown| parse_machine_uuid(&shown.text)))
 }
 
 /// All zeros and all ones stand for none (SMBIOS 7.2.1).
