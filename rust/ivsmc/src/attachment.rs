@@ -4,8 +4,8 @@
 //! out memory: [`OwnDmb`]s that peers write into, [`PeerDmb`]s of others to write into. When it is
 //! dropped it leaves the region, and everything it had there is free again.
 //!
-//! **Proof of life.** What else proves that an attachment is dead is in `ivsmc_proto::proof`; locks
-//! are here. Where the region is mapped through an open file description of its own, the
+//! **Proof of life.** What proves that an attachment is dead is in `ivsmc_proto::proof` and
+//! `ivsmc_proto::judge`. Where the region is mapped through an open file description of its own, the
 //! attachment holds the lock on the byte of its slot's claim word, from before the slot is claimed
 //! until the mapping is gone, however the process ends. [`Attachment::reap`] takes the lock of a
 //! dead one's slot and holds it while it gives back what the dead one had. All locks of one
@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use ivsmc_proto::clc::Eid;
 use ivsmc_proto::host::{Boot, HostIdentity, HostRecord, Ip};
+use ivsmc_proto::judge::{self, Judge};
 use ivsmc_proto::proof::Witness;
 use ivsmc_proto::reclaim::Census;
 use ivsmc_proto::region::Region;
@@ -50,7 +51,7 @@ pub use doorbell::DoorbellStats;
 pub(crate) use doorbell::{Armed, Ear, Notified, BACKSTOP};
 use memory::Pool;
 pub(crate) use memory::{OwnDmb, PeerDmb};
-use reap::Judge;
+use reap::FileLocks;
 
 /// One process on one device.
 pub(crate) struct Attachment {
@@ -210,7 +211,7 @@ impl Attachment {
     pub(crate) fn is_peer_alive(&self, peer: SlotRef) -> bool {
         if peer.index != self.me.index {
             let _one = lock(&self.reaping);
-            self.judge.look(&self.region, peer.index);
+            self.judge.look(&self.region, &FileLocks(self.memory()), peer.index);
         }
         self.region.is_live(peer)
     }
@@ -220,7 +221,7 @@ impl Attachment {
     pub(crate) fn reap(&self) -> usize {
         let reaped = {
             let _one = lock(&self.reaping);
-            self.judge.look_at_all(&self.region, Some(self.me))
+            self.judge.look_at_all(&self.region, &FileLocks(self.memory()), Some(self.me))
         };
         if reaped > 0 {
             self.sweep();
@@ -268,7 +269,7 @@ impl Attachment {
         match &self.backing {
             Backing::Local(file) => {
                 if last_look {
-                    self.judge.look_at_all(&self.region, None);
+                    self.judge.look_at_all(&self.region, &FileLocks(&mapping), None);
                     if self.region.is_deserted() {
                         file.remove_last(&mapping);
                     }
@@ -317,7 +318,7 @@ fn claim(mapping: &Arc<Mapping>, lockable: bool, backing: &Backing) -> Result<Cl
         (_, None) => Prover::None,
     };
     // The dead first: their slots may be the only free ones.
-    judge.look_at_all(&region, None);
+    judge.look_at_all(&region, &FileLocks(mapping), None);
     let me = match backing {
         Backing::Agent(client) => client.slot(&region)?,
         _ => claim_slot(&region, prover)?,
@@ -348,13 +349,13 @@ fn lock_name(
     mapping: &Mapping,
 ) -> Option<u32> {
     if boot == 0 {
-        return is_on_own_file.then_some(reap::UNKNOWN_BOOT);
+        return is_on_own_file.then_some(judge::UNKNOWN_BOOT);
     }
     Some(match backing {
         // Each network namespace may have a sysfs of its own, with files of its own: a process that
         // has another one shares the memory and not the locks.
-        Backing::Pci(_) => reap::lock_name(boot, mapping.file_identity().device),
-        _ => reap::lock_name(boot, 0),
+        Backing::Pci(_) => judge::lock_name(boot, mapping.file_identity().device),
+        _ => judge::lock_name(boot, 0),
     })
 }
 
@@ -370,26 +371,18 @@ fn is_devices_file(backing: &Backing, mapping: &Mapping) -> bool {
 
 /// Claims the first free slot; with a lock as prover, from before the claim.
 fn claim_slot(region: &Region<Arc<Mapping>>, prover: Prover) -> Result<SlotRef, Unusable> {
-    let fd = region.memory().fd();
+    let claimed = match prover {
+        Prover::Lock { .. } => {
+            judge::claim_with_lock(region, &FileLocks(region.memory()), prover).map_err(no_locks)?
+        }
+        _ => region.unclaimed().find_map(|index| region.claim_slot(index, prover)),
+    };
     let slots = region.geometry().slots();
-    for index in region.unclaimed() {
-        let byte = region.slot_claim_offset(index);
-        if matches!(prover, Prover::Lock { .. }) {
-            // Somebody else's: a newcomer about to claim, or one who is about to be gone.
-            if !locks::try_lock_byte(fd, byte).map_err(no_locks)? {
-                continue;
-            }
-        }
-        if let Some(me) = region.claim_slot(index, prover) {
-            return Ok(me);
-        }
-        if matches!(prover, Prover::Lock { .. }) {
-            locks::unlock_byte(fd, byte).map_err(no_locks)?;
-        }
-    }
-    Err(Unusable::region(format!(
-        "all its {slots} peer slots are taken; a larger region has more of them"
-    )))
+    claimed.ok_or_else(|| {
+        Unusable::region(format!(
+            "all its {slots} peer slots are taken; a larger region has more of them"
+        ))
+    })
 }
 
 fn no_locks(error: std::io::Error) -> Unusable {

@@ -21,6 +21,7 @@ pub mod heap;
 pub mod host;
 pub mod intent;
 pub mod ivshmem;
+pub mod judge;
 pub mod layout;
 pub mod marker;
 pub mod memory;

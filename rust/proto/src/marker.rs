@@ -20,6 +20,7 @@ use core::num::NonZeroU64;
 use crate::layout::PAGE;
 use crate::memory::Memory;
 use crate::region::Region;
+use crate::slot::{Prover, SlotRef};
 
 /// Offset of the instance word in the superblock, on a cache line of its own.
 const INSTANCE: u64 = 512;
@@ -59,6 +60,17 @@ impl<M: Memory> Region<M> {
     /// [`Region::marking_server_offset`].
     pub fn set_ids_given(&self, ids: u32) {
         self.set_word(IDS, u64::from(ids));
+    }
+
+    /// Through the connection of which client of the ivshmem server the owner of `at`, which has this
+    /// prover, has the region, if it says so. Who saw the end of that knows that the owner is dead.
+    pub fn ivposition_of(&self, at: SlotRef, prover: Prover) -> Option<u16> {
+        match prover {
+            Prover::IvPosition(id) => Some(id),
+            Prover::Agent(id) | Prover::VfioExclusive(id) => u16::try_from(id).ok(),
+            // Of a guest's process without VFIO its own kernel knows; but not when that is gone.
+            Prover::Lock { .. } | Prover::None => self.slot_info(at)?.ivposition,
+        }
     }
 
     /// Offset of the byte to lock.

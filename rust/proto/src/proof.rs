@@ -13,8 +13,8 @@
 //! | machine | who has the same machine uuid and another boot; if the prover is a lock, who holds that too | the same |
 //! | word | an operator | they say so |
 //!
-//! *Left* and *lock* are not here: the first is the ivshmem server's doing, the second needs system
-//! calls. [`Witness::proves`] is the rest.
+//! *Left* and *lock* are not here: the first is the ivshmem server's doing, the second is in
+//! [`crate::judge`]. [`Witness::proves`] is the rest.
 //!
 //! **Boots.** Another boot proves a death only if both ids are the kernel's own. A container manager
 //! may show an id of its own making to each container (LXC and systemd-nspawn do) while the machine's

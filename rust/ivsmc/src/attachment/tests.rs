@@ -285,7 +285,7 @@ fn whoever_holds_its_lock_lives_whatever_its_boot_is() {
     let (here, owner) = (attach(&path), attach(&path));
     say_boot(&owner, Boot { id: 100, machine: 5 });
     let slot = owner.me();
-    let look = |judge: Judge| judge.look(here.region(), slot.index);
+    let look = |judge: Judge| judge.look(here.region(), &FileLocks(here.memory()), slot.index);
     assert!(!look(after_a_reboot(Some(77), true)));
     assert!(here.region().is_live(slot));
     let byte = here.region().slot_claim_offset(slot.index);
@@ -314,7 +314,7 @@ fn who_does_not_know_its_boot_is_judged_by_its_lock_alone() {
         let index = region.unclaimed().next().unwrap();
         let lock = region.slot_claim_offset(index);
         assert!(locks::try_lock_byte(owner.memory().fd(), lock).unwrap());
-        region.claim_slot(index, Prover::Lock { boot: reap::UNKNOWN_BOOT }).unwrap()
+        region.claim_slot(index, Prover::Lock { boot: judge::UNKNOWN_BOOT }).unwrap()
     };
     let unknown = HostIdentity { boot: 0, netns: 9, ivposition: 0 };
     for is_recorded in [false, true] {
@@ -325,7 +325,8 @@ fn who_does_not_know_its_boot_is_judged_by_its_lock_alone() {
         assert_eq!(here.reap(), 0);
         locks::unlock_byte(owner.memory().fd(), byte(at)).unwrap();
         // In a guest, the lock would be on another file.
-        assert!(!after_a_reboot(Some(77), false).look(region, at.index));
+        let elsewhere = after_a_reboot(Some(77), false);
+        assert!(!elsewhere.look(region, &FileLocks(here.memory()), at.index));
         assert!(region.is_live(at));
         assert_eq!(here.reap(), 1);
         assert!(!region.is_live(at));
@@ -336,14 +337,6 @@ fn who_does_not_know_its_boot_is_judged_by_its_lock_alone() {
     locks::unlock_byte(owner.memory().fd(), byte(at)).unwrap();
     assert_eq!(here.reap(), 0);
     region.reclaim(at);
-}
-
-#[test]
-fn the_name_of_a_lock_is_not_that_of_an_unknown_boot() {
-    for (boot, file_system) in [(1 << 32 | 1, 0), (5, 5)] {
-        assert_eq!(reap::lock_name(boot, file_system), u32::MAX);
-    }
-    assert_eq!(reap::lock_name(5, 0), 5);
 }
 
 #[test]

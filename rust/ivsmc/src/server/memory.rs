@@ -145,17 +145,7 @@ impl Memory {
     }
 
     fn id_of(&self, at: SlotRef, prover: Prover) -> Option<u16> {
-        id_of(&self.region, at, prover)
-    }
-}
-
-/// Through the connection of which client the owner of a slot has the region, if it says so.
-fn id_of(region: &Region<Mapping>, at: SlotRef, prover: Prover) -> Option<u16> {
-    match prover {
-        Prover::IvPosition(id) => Some(id),
-        Prover::Agent(id) | Prover::VfioExclusive(id) => u16::try_from(id).ok(),
-        // Of a guest's process without VFIO its own kernel knows; but not when that is gone.
-        Prover::Lock { .. } | Prover::None => region.slot_info(at)?.ivposition,
+        self.region.ivposition_of(at, prover)
     }
 }
 
@@ -163,7 +153,7 @@ fn id_of(region: &Region<Mapping>, at: SlotRef, prover: Prover) -> Option<u16> {
 /// the ids anew.
 fn begin_anew(region: &Region<Mapping>) {
     for (at, prover) in region.claimed() {
-        if id_of(region, at, prover).is_some() {
+        if region.ivposition_of(at, prover).is_some() {
             region.mark_dead(at);
             region.reclaim(at);
         }
