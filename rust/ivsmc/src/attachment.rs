@@ -354,8 +354,10 @@ fn lock_name(
     Some(match backing {
         // Each network namespace may have a sysfs of its own, with files of its own: a process that
         // has another one shares the memory and not the locks.
-        Backing::Pci(_) => judge::lock_name(boot, mapping.file_identity().device),
-        _ => judge::lock_name(boot, 0),
+        Backing::Pci(_) => {
+            judge::lock_name(boot, mapping.file_identity().device, backing.guest_id())
+        }
+        _ => judge::lock_name(boot, 0, None),
     })
 }
 

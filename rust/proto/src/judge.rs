@@ -87,9 +87,13 @@ impl Judge {
         if boot == UNKNOWN_BOOT {
             return self.is_on_own_file && theirs.is_none_or(|theirs| theirs.id == 0);
         }
-        // 32 bits of a boot id may be those of another one too.
+        // 32 bits of a boot id may be those of another one too, and machines that began as copies of
+        // one have the same.
         self.locks == Some(boot)
-            && theirs.is_none_or(|theirs| theirs.is_same(self.witness.boot) == Some(true))
+            && theirs.is_none_or(|theirs| {
+                theirs.is_same(self.witness.boot) == Some(true)
+                    && theirs.is_of_same_machine(self.witness.boot) != Some(false)
+            })
     }
 }
 
@@ -146,9 +150,14 @@ pub const UNKNOWN_BOOT: u32 = 0;
 /// A boot, with what else tells apart those who see other locks, in 32 bits that are not
 /// [`UNKNOWN_BOOT`]: enough to tell two machines apart that share a region, as an attacker who wants
 /// a slot declared dead can write to it anyway.
+///
+/// Of who locks the file of a guest's device: the number of the file system that this is on, and
+/// `ivposition`, the device's id. Kernels restored from one snapshot have one boot id, but not that.
 #[must_use]
-pub fn lock_name(boot: u128, file_system: u64) -> u32 {
-    let name = fold(boot) ^ fold(file_system.into());
+pub fn lock_name(boot: u128, file_system: u64, ivposition: Option<u16>) -> u32 {
+    // Spread over all bits, as numbers of file systems are small, too.
+    let id = ivposition.map_or(0, |id| (u32::from(id) + 1).wrapping_mul(0x9e37_79b9));
+    let name = fold(boot) ^ fold(file_system.into()) ^ id;
     if name == UNKNOWN_BOOT {
         u32::MAX
     } else {
@@ -166,12 +175,57 @@ fn fold(number: u128) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::heap::HeapMemory;
+    use crate::host::{Boot, HostIdentity, HostRecord};
+    use crate::layout::MIN_REGION;
+    use core::convert::Infallible;
 
     #[test]
     fn the_name_of_a_lock_is_not_that_of_an_unknown_boot() {
         for (boot, file_system) in [(1 << 32 | 1, 0), (5, 5)] {
-            assert_eq!(lock_name(boot, file_system), u32::MAX);
+            assert_eq!(lock_name(boot, file_system, None), u32::MAX);
         }
-        assert_eq!(lock_name(5, 0), 5);
+        assert_eq!(lock_name(5, 0, None), 5);
+    }
+
+    #[test]
+    fn copies_of_one_machine_have_locks_of_other_names() {
+        let mut names: alloc::vec::Vec<u32> = (0..1000)
+            .flat_map(|id| (20..24).map(move |file_system| (file_system, id)))
+            .map(|(file_system, id)| lock_name(77, file_system, Some(id)))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), 4000);
+        assert!(!names.contains(&lock_name(77, 20, None)));
+    }
+
+    /// A file on which nobody holds a lock.
+    struct Unlocked;
+
+    impl Locks for Unlocked {
+        type Error = Infallible;
+        fn try_lock(&self, _: u64) -> Result<bool, Infallible> {
+            Ok(true)
+        }
+        fn unlock(&self, _: u64) -> Result<(), Infallible> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_lock_says_nothing_of_an_owner_on_another_machine() {
+        let region = Region::attach(HeapMemory::new(MIN_REGION), 1).unwrap();
+        let boot = Boot { id: 100, machine: 5 };
+        let witness = Witness { boot, ivposition: None, is_exclusive: false };
+        let name = lock_name(boot.id, 0, None);
+        let judge = Judge { witness, locks: Some(name), is_on_own_file: false };
+        for (machine, is_dead) in [(6, false), (5, true), (0, true)] {
+            let at = region.claim_slot(3, Prover::Lock { boot: name }).unwrap();
+            let identity = HostIdentity { boot: boot.id, netns: 1, ivposition: 0 };
+            region.write_host_record(at, &HostRecord::new(identity, &[]).on_machine(machine));
+            assert_eq!(judge.look(&region, &Unlocked, at.index), is_dead, "machine {machine}");
+            region.reclaim(at);
+        }
     }
 }
