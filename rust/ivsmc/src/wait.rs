@@ -4,26 +4,18 @@
 //! session one leads and sleeps on the connection; the others sleep on a process-private futex.
 //! Two threads asleep on one TCP connection lose nearly every second wake-up (measured), so the
 //! leader drains the bytes for all: it ends its turn, and each follower looks at its own
-//! condition again, one of them leading next. No thread stands in between.
-//!
-//! ```text
-//!   seen := turn             turn counts ended turns twice, and is odd while somebody leads
-//!   ready()?                 sets the wait flag, looks again
-//!   even: lead := CAS(seen, seen + 1), poll the connection, drain, turn += 1, wake followers
-//!   odd:  futex_wait(turn, seen)
-//! ```
+//! condition again, one of them leading next. No thread stands in between. Who leads is in
+//! `ivsmc_proto::turn`; here is how they sleep.
 //!
 //! Where the attachment has a doorbell, the leader is one of those that sleep on that
 //! (`attachment::doorbell`), and polls it, too, while it leads them all.
-//!
-//! One word says both, so whoever saw `seen` before its `ready` neither sleeps past the end of a
-//! turn nor leads after one that may have drained its byte (`proto`'s loom models show it).
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ivsmc_proto::frame::FrameDecoder;
+use ivsmc_proto::turn::{Lead, Seen, Turns};
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, MSG_DONTWAIT};
 use ivsmc_shm::poll::{self, EventFd, PollFd};
@@ -62,11 +54,7 @@ impl Bells {
 /// The waiting of one session.
 #[derive(Default)]
 pub(crate) struct Sleeper {
-    /// Twice the ended turns, plus 1 while somebody leads. Followers sleep on it.
-    turn: AtomicU32,
-    /// The background thread found bytes while somebody led.
-    missed: AtomicBool,
-    followers: AtomicU32,
+    turns: Turns,
     frames: Mutex<FrameDecoder>,
     /// Wakes the thread that sleeps on the connection, from within this process.
     bell: Mutex<Option<Arc<EventFd>>>,
@@ -111,54 +99,46 @@ impl Sleeper {
         mut drained: impl FnMut(Drained),
     ) -> Result<()> {
         loop {
-            // SeqCst here and below: one order of turns, followers and `missed` for all.
-            let seen = self.turn.load(Ordering::SeqCst);
+            let seen = self.turns.see();
             if ready()? {
                 return Ok(());
             }
             let left = deadline.left()?;
-            if seen % 2 == 1 {
+            if seen.is_led() {
                 self.follow(seen, left)?;
                 continue;
             }
-            if !self.lead(seen) {
-                continue;
-            }
-            let polled = self.poll(conn, bells, ear, left, seen + 1);
+            let Some(lead) = self.turns.lead(seen) else { continue };
+            let polled = self.poll(conn, bells, ear, left, &lead);
             match polled {
-                Ok(Woken::Bell) => {}
+                Ok(Woken::Bell) | Err(_) => {}
                 Ok(Woken::Connection) => drained(self.drain(conn)),
                 Ok(Woken::Doorbell) => drained(Drained::Doorbell),
-                Err(error) => {
-                    self.end_turn(conn, &mut drained);
-                    return Err(error);
-                }
             }
-            self.end_turn(conn, &mut drained);
+            self.end_turn(lead, conn, &mut drained);
+            polled?;
         }
     }
 
     /// Drains in the name of the background thread: at once, or through whoever leads now.
     pub(crate) fn drain_in_background(&self, conn: &Fd, mut drained: impl FnMut(Drained)) {
-        self.missed.store(true, Ordering::SeqCst);
-        if self.lead_if_nobody_does() {
-            self.end_turn(conn, &mut drained);
+        if let Some(lead) = self.turns.miss() {
+            self.end_turn(lead, conn, &mut drained);
         }
     }
 
-    /// Sleeps on the connection as the leader, whose turn is `mine`; on the doorbell, too, while this
-    /// thread leads on that.
+    /// Sleeps on the connection as the leader; on the doorbell, too, while this thread leads on that.
     fn poll(
         &self,
         conn: &Fd,
         bells: &Bells,
         ear: Option<&Ear>,
         left: Option<Duration>,
-        mine: u32,
+        lead: &Lead,
     ) -> Result<Woken> {
         let bell = bells.take()?;
         *lock(&self.bell) = Some(Arc::clone(&bell));
-        let polled = self.poll_until(conn, &bell, ear, left, mine);
+        let polled = self.poll_until(conn, &bell, ear, left, lead);
         *lock(&self.bell) = None;
         // It may have been rung meanwhile: whoever has it next looks once in vain.
         bells.put(bell);
@@ -177,7 +157,7 @@ impl Sleeper {
         bell: &Arc<EventFd>,
         ear: Option<&Ear>,
         left: Option<Duration>,
-        mine: u32,
+        lead: &Lead,
     ) -> std::io::Result<Woken> {
         // Only a sleep that is cut into pieces needs to know when it ends.
         let end = ear.and(left).and_then(|left| Instant::now().checked_add(left));
@@ -186,7 +166,7 @@ impl Sleeper {
         // `wake_all` changes the turn, then looks for the bell and rings it; we have set the bell,
         // and look at the turn before each sleep, after the bell was drained. (The locks of `bell`
         // order the two.) So it is with the lead, which is given before the bell is rung.
-        while self.turn.load(Ordering::SeqCst) == mine {
+        while self.turns.lasts(lead) {
             let doorbell = seat.as_ref().and_then(|seat| Some((seat, seat.doorbell()?)));
             let mut fds = [
                 PollFd::new(conn, poll::IN | poll::RDHUP),
@@ -232,20 +212,16 @@ impl Sleeper {
 
     /// Makes every thread inside look at its condition again.
     pub(crate) fn wake_all(&self) {
-        self.turn.fetch_add(2, Ordering::SeqCst);
-        self.wake_followers();
+        self.turns.disturb(wake_all);
         if let Some(bell) = lock(&self.bell).as_ref() {
             // An eventfd refuses only when 2^64 - 1 notifications are pending.
             let _ = bell.notify();
         }
     }
 
-    /// Sleeps until the turn is no longer `seen`.
-    fn follow(&self, seen: u32, left: Option<Duration>) -> Result<()> {
-        self.followers.fetch_add(1, Ordering::SeqCst);
-        let slept = futex::wait(&self.turn, seen, left);
-        self.followers.fetch_sub(1, Ordering::SeqCst);
-        match slept {
+    /// Sleeps until something has changed since `seen`.
+    fn follow(&self, seen: Seen, left: Option<Duration>) -> Result<()> {
+        match self.turns.follow(seen, |word, value| futex::wait(word, value, left)) {
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
                 Err(Error::Interrupted)
             }
@@ -254,42 +230,8 @@ impl Sleeper {
         }
     }
 
-    /// Takes the lead, unless the turn is no longer `seen`.
-    fn lead(&self, seen: u32) -> bool {
-        self.turn.compare_exchange(seen, seen + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-    }
-
-    fn lead_if_nobody_does(&self) -> bool {
-        loop {
-            let seen = self.turn.load(Ordering::SeqCst);
-            if seen % 2 == 1 {
-                return false;
-            }
-            if self.lead(seen) {
-                return true;
-            }
-        }
-    }
-
-    fn end_turn(&self, conn: &Fd, drained: &mut impl FnMut(Drained)) {
-        loop {
-            if self.missed.swap(false, Ordering::SeqCst) {
-                drained(self.drain(conn));
-            }
-            self.turn.fetch_add(1, Ordering::SeqCst);
-            self.wake_followers();
-            // The background thread sets `missed`, then looks who leads; we stop leading, then
-            // look at `missed`: one of us sees the other.
-            if !self.missed.load(Ordering::SeqCst) || !self.lead_if_nobody_does() {
-                return;
-            }
-        }
-    }
-
-    fn wake_followers(&self) {
-        if self.followers.load(Ordering::SeqCst) > 0 {
-            futex::wake(&self.turn, u32::MAX);
-        }
+    fn end_turn(&self, lead: Lead, conn: &Fd, drained: &mut impl FnMut(Drained)) {
+        self.turns.end(lead, wake_all, || drained(self.drain(conn)));
     }
 
     fn drain(&self, conn: &Fd) -> Drained {
@@ -316,4 +258,9 @@ impl Sleeper {
         }
         Drained::Open
     }
+}
+
+/// Wakes all that sleep on the word.
+fn wake_all(word: &AtomicU32) {
+    futex::wake(word, u32::MAX);
 }

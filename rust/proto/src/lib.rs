@@ -31,3 +31,4 @@ pub mod region;
 pub mod ring;
 pub mod slot;
 pub mod summary;
+pub mod turn;

@@ -175,6 +175,10 @@ impl Descriptor {
         self.arrived.notify_one();
     }
 
+    pub(crate) fn drain(&self) {
+        *self.bytes.lock().unwrap() = 0;
+    }
+
     pub(crate) fn sleep_and_drain(&self) {
         let mut bytes = self.bytes.lock().unwrap();
         while *bytes == 0 {

@@ -1,8 +1,10 @@
-//! Leader and followers: two threads that wait on one end of a session, and the peer.
+//! Leader and followers: two threads that wait on one end of a session, and the peer. Or one that waits,
+//! the background thread that drains the same connection, and the peer.
 
 use std::sync::Arc;
 
 use ivsmc_proto::ring::{Consumer, Producer};
+use ivsmc_proto::turn::{Lead, Turns};
 use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
@@ -21,19 +23,16 @@ enum Slip {
     WakesNobody,
     /// A thread leads although a turn has ended since it looked at its condition.
     LeadsUnlooked,
+    /// The background thread drains while somebody leads, or is about to.
+    DrainsForNobody,
 }
 
 /// One end of a session on which several threads wait, as the runtime has it: one leads and
 /// sleeps on the descriptor, the others follow on a private futex.
-///
-/// `turn` is twice the number of turns that ended, plus 1 while somebody leads. Who would wait
-/// loads it, looks at its own condition, and then either leads (compare-exchange from what it
-/// loaded) or follows (futex on what it loaded): both fail if a turn has ended in between, and
-/// then that turn may have drained this thread's byte.
 struct End {
     descriptor: Descriptor,
-    turn: AtomicU32,
-    /// The kernel's side of the futex on `turn`.
+    turns: Turns,
+    /// The kernel's side of the futex on the word of `turns`.
     bucket: Mutex<()>,
     woken: Condvar,
     slip: Slip,
@@ -43,7 +42,7 @@ impl End {
     fn new(slip: Slip) -> End {
         End {
             descriptor: Descriptor::default(),
-            turn: AtomicU32::new(0),
+            turns: Turns::new(),
             bucket: Mutex::default(),
             woken: Condvar::default(),
             slip,
@@ -53,53 +52,53 @@ impl End {
     /// Sleeps until `ready`, which sets the wait word and looks again before it says no.
     fn sleep(&self, mut ready: impl FnMut() -> bool) {
         loop {
-            // Acquire: pairs with the Release of `end_turn`.
-            let seen = self.turn.load(Ordering::Acquire);
+            let mut seen = self.turns.see();
             if ready() {
                 return;
             }
-            if seen & 1 == 1 {
-                self.futex_wait(seen);
-            } else if self.lead(seen) {
+            if self.slip == Slip::LeadsUnlooked {
+                seen = self.turns.see();
+            }
+            if seen.is_led() {
+                self.turns.follow(seen, |word, value| self.futex_wait(word, value));
+            } else if let Some(lead) = self.turns.lead(seen) {
                 self.descriptor.sleep_and_drain();
-                self.end_turn();
+                self.end_turn(lead);
             }
         }
     }
 
-    fn lead(&self, seen: u32) -> bool {
-        if self.slip == Slip::LeadsUnlooked {
-            return self.turn.fetch_or(1, Ordering::AcqRel) & 1 == 0;
-        }
-        self.turn.compare_exchange(seen, seen + 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    fn end_turn(&self, lead: Lead) {
+        self.turns.end(lead, |_| self.futex_wake(), || self.descriptor.drain());
     }
 
-    /// The leader leaves: whoever sleeps looks at its own condition, and one may lead.
-    fn end_turn(&self) {
-        // Odd to the next even number. Release: pairs with the Acquire in `sleep` and `lead`.
-        self.turn.fetch_add(1, Ordering::AcqRel);
-        if self.slip != Slip::WakesNobody {
-            self.futex_wake();
+    /// As the background thread, which found bytes.
+    fn drain_in_background(&self) {
+        if self.slip == Slip::DrainsForNobody {
+            self.descriptor.drain();
+        } else if let Some(lead) = self.turns.miss() {
+            self.end_turn(lead);
         }
     }
 
     /// Makes every thread inside look at its condition again (a `close` by another thread).
     fn wake_all(&self) {
-        self.turn.fetch_add(2, Ordering::AcqRel);
-        self.futex_wake();
+        self.turns.disturb(|_| self.futex_wake());
         self.descriptor.notify();
     }
 
-    fn futex_wait(&self, expected: u32) {
+    fn futex_wait(&self, word: &AtomicU32, expected: u32) {
         let bucket = self.bucket.lock().unwrap();
-        if self.turn.load(Ordering::Acquire) == expected {
+        if word.load(Ordering::Acquire) == expected {
             drop(self.woken.wait(bucket).unwrap());
         }
     }
 
     fn futex_wake(&self) {
-        drop(self.bucket.lock().unwrap());
-        self.woken.notify_all();
+        if self.slip != Slip::WakesNobody {
+            drop(self.bucket.lock().unwrap());
+            self.woken.notify_all();
+        }
     }
 }
 
@@ -203,4 +202,46 @@ fn a_leader_that_wakes_nobody_is_noticed() {
 #[should_panic(expected = "deadlock")]
 fn a_lead_taken_without_a_look_is_noticed() {
     explore(BOUND, || two_waiters(true, Slip::LeadsUnlooked));
+}
+
+/// A reader sleeps while the background thread, too, is told of bytes on its connection.
+fn a_reader_and_the_background_thread(slip: Slip) {
+    let memory = Arc::new(LoomMemory::new(1, 1, Lacks::Nothing));
+    let end = Arc::new(End::new(slip));
+    let told = Arc::new(Descriptor::default());
+    let reading = {
+        let (m, end) = (View::new(&memory), end.clone());
+        thread::spawn(move || {
+            let mut consumer = Consumer::new(place(0, 1));
+            end.sleep(|| consumer.want_data(&m, 1).unwrap());
+            assert_eq!(m.read(&mut consumer, 1), [7]);
+        })
+    };
+    let background = {
+        let (end, told) = (end.clone(), told.clone());
+        thread::spawn(move || {
+            told.sleep_and_drain();
+            end.drain_in_background();
+        })
+    };
+    let m = View::new(&memory);
+    let mut peer = Producer::new(place(0, 1));
+    assert_eq!(peer.write(&m, &[7]), Ok(1));
+    if peer.take_reader_wait(&m) {
+        end.descriptor.notify();
+    }
+    told.notify();
+    reading.join().unwrap();
+    background.join().unwrap();
+}
+
+#[test]
+fn a_reader_is_woken_beside_the_background_thread() {
+    explore(BOUND, || a_reader_and_the_background_thread(Slip::None));
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn a_background_thread_that_drains_for_nobody_is_noticed() {
+    explore(BOUND, || a_reader_and_the_background_thread(Slip::DrainsForNobody));
 }
