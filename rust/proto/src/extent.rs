@@ -115,14 +115,14 @@ impl<M: Memory> Region<M> {
     /// last, at least one sees both.
     pub(crate) fn free_orphan(&self, index: u32) -> bool {
         let at = self.geometry().extent_word(index);
-        let word = self.word(at);
-        match owner_in(word) {
+        // Twice: an owner that does not know that it is dead may open it meanwhile.
+        (0..2).any(|_| {
+            let word = self.word(at);
             // If somebody else frees it and it is claimed again, the word is another one.
-            Some(owner) if !self.is_live(owner) => {
-                self.is_idle(index, word) && self.replace(at, word, 0)
-            }
-            _ => false,
-        }
+            owner_in(word).is_some_and(|owner| !self.is_live(owner))
+                && self.is_idle(index, word)
+                && self.replace(at, word, 0)
+        })
     }
 
     /// Whether every DMB of extent `index`, whose word is `word`, is idle.

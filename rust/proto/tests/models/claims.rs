@@ -7,6 +7,7 @@
 //! word; whom a death stops between its claim and its look is found by `reclaim/tests.rs`.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use ivsmc_proto::directory::Bound;
 use ivsmc_proto::dmb::Token;
@@ -16,6 +17,7 @@ use ivsmc_proto::memory::Memory;
 use ivsmc_proto::reclaim::Census;
 use ivsmc_proto::region::Region;
 use ivsmc_proto::slot::{Prover, SlotRef, SlotState};
+use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 
 use crate::region::{explore, Lacks, LoomRegion};
@@ -72,7 +74,9 @@ fn claim(region: &LoomRegion, what: Claim, prepared: &Prepared) {
             let (client, server) = (endpoint("10.0.0.1:1000"), endpoint("10.0.0.2:80"));
             region.publish_intent(me, &IntentKey { client, server }).is_some()
         }
-        Claim::Extent => region.claim_extent(me).is_some(),
+        Claim::Extent => {
+            region.claim_extent(me).is_some_and(|extent| region.open_extent(extent, me))
+        }
         Claim::Invitation => region.invite_dmb(0, 0, other).is_ok(),
         Claim::Attachment => region.attach_dmb(token, 0, me, other).is_ok(),
     };
@@ -158,6 +162,42 @@ models! {
     Extent: an_extent_meets_death, an_extent_meets_a_marked_death;
     Invitation: an_invitation_meets_death, an_invitation_meets_a_marked_death;
     Attachment: an_attachment_meets_death, an_attachment_meets_a_marked_death;
+}
+
+/// A peer is invited while it is reclaimed, and takes the invitation: where the reclaimer has not seen
+/// that, the peer sees that it is dead.
+#[test]
+fn an_invitation_of_the_dead_is_not_taken() {
+    explore(
+        BOUND_OF_THREE,
+        Lacks::Nothing,
+        |region| {
+            let prepared = prepare(region, Claim::Attachment);
+            region.release_dmb(prepared.token);
+            prepared
+        },
+        |region, &Prepared { me, other, .. }| {
+            let sent = Arc::new(AtomicU64::new(0));
+            let reaper = {
+                let region = region.clone();
+                thread::spawn(move || region.reclaim(me))
+            };
+            let inviting = {
+                let (region, sent) = (region.clone(), sent.clone());
+                thread::spawn(move || {
+                    let (token, _) = region.invite_dmb(0, 0, me).unwrap();
+                    sent.store(token.0, Ordering::Release);
+                })
+            };
+            let token = Token(sent.load(Ordering::Acquire));
+            if token.0 != 0 {
+                let _ = region.attach_dmb(token, 0, me, other);
+            }
+            reaper.join().unwrap();
+            inviting.join().unwrap();
+            assert_eq!(region.census().dmbs_attached, 0, "something of the dead is left");
+        },
+    );
 }
 
 // Not of attachments: both sides change one word there, from invited on, and the second sees the first.
