@@ -69,9 +69,9 @@ fn an_entry_without_orders_is_noticed() {
     an_entry_changes_hands(Lacks::Orders);
 }
 
-/// The same by one owner, who takes one listener out and enters another.
+/// The same by one owner, with another port: nobody finds the address of one at the port of the other.
 #[test]
-fn a_listener_that_was_taken_out_is_not_found_by_the_next_ones_address() {
+fn addresses_and_ports_are_of_one_listener() {
     explore(
         BOUND,
         Lacks::Nothing,
@@ -84,15 +84,36 @@ fn a_listener_that_was_taken_out_is_not_found_by_the_next_ones_address() {
                 let region = region.clone();
                 thread::spawn(move || {
                     assert!(region.unregister_listener(entry));
-                    assert!(region.register_listener(owner, bound("10.0.0.2"), 80).is_some());
+                    assert!(region.register_listener(owner, bound("10.0.0.2"), 81).is_some());
                 })
             };
-            // Found by either address while its own listener was there; never by a third.
-            let third = find(region, "10.0.0.3:80");
-            assert_eq!(third, None);
-            if find(region, "10.0.0.2:80").is_some() {
-                assert_eq!(find(region, "10.0.0.1:80"), None, "both listen");
-            }
+            assert_eq!(find(region, "10.0.0.2:80"), None, "two listeners mixed");
+            assert_eq!(find(region, "10.0.0.1:81"), None, "two listeners mixed");
+            changing.join().unwrap();
+        },
+    );
+}
+
+/// The same with the same port: nobody finds an address that is half of one and half of the other.
+#[test]
+fn an_address_is_of_one_listener() {
+    explore(
+        BOUND,
+        Lacks::Nothing,
+        |region| {
+            let slots = slots(region);
+            (slots[0], region.register_listener(slots[0], bound("fd00::1"), 80).unwrap())
+        },
+        |region, &(owner, entry)| {
+            let changing = {
+                let region = region.clone();
+                thread::spawn(move || {
+                    assert!(region.unregister_listener(entry));
+                    assert!(region.register_listener(owner, bound("fd01::2"), 80).is_some());
+                })
+            };
+            assert_eq!(find(region, "[fd01::1]:80"), None, "two listeners mixed");
+            assert_eq!(find(region, "[fd00::2]:80"), None, "two listeners mixed");
             changing.join().unwrap();
         },
     );
