@@ -165,11 +165,14 @@ def stream_to(_here: Here, device: str, address: tuple[str, int], total: int) ->
 
 
 def ask_when_told(here: Here, device: str, address: tuple[str, int]) -> dict[str, Any]:
-    """Connect, and ask a question as often as told; return the counters."""
+    """Connect, and ask a question as often as told; return the counters, also when told "count"."""
     with ivsmc.create_connection(address, device=device, require="smc") as session:
-        while here.receive():
-            ask(session, b"question")
-            here.send("answered")
+        while told := here.receive():
+            if told == "count":
+                here.send(session.stats())
+            else:
+                ask(session, b"question")
+                here.send("answered")
         return session.stats()
 
 

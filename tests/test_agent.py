@@ -148,18 +148,26 @@ def test_all_are_woken_when_vectors_run_out(directory: Path, vectors: int) -> No
             stack.enter_context(running(ask_when_told, agent.device, address))
             for _ in range(clients)
         ]
-        for _ in range(ROUNDS):
+        received: list[int] = []
+        # On a busy machine the answer may be there before the client sleeps, round after round.
+        for number in range(100 * ROUNDS):
             for one in asking:
                 one.send(True)
             assert {one.receive() for one in asking} == {"answered"}
+            for one in asking:
+                one.send("count")
+            received = [one.receive()["doorbells_received"] for one in asking]
+            if number >= ROUNDS and all(received):
+                break
+        assert all(received), received
         status = agent.status()
         assert status.clients == clients + 1
         assert status.shared == {1: 6, 2: 6, 4: 4}[vectors]
         assert status.doorbells > 0
         for one in asking:
             one.send(False)
-        received = [one.receive()["doorbells_received"] for one in asking]
-        assert all(count > 0 for count in received), received
+        for one in asking:
+            one.receive()
         server.receive()
     wait_for_nobody = ivsmc.open_device(agent.region)
     with closing(wait_for_nobody):
