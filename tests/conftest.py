@@ -32,6 +32,8 @@ from ivsmc._cli.arguments import size
 
 DEVICE_KINDS = ("local", "file", "host", "none")
 REGION_BYTES = 64 * 1024 * 1024
+SESSION_BYTES = 64 * 1024
+"""Of the region at least, for each of many sessions at once: twice what their buffers take."""
 SHM = Path("/dev/shm")
 
 
@@ -47,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=size("256M"),
         help="bytes each way of the stream test, per device (default: 256M)",
     )
+    for name, default, text in (
+        ("--sessions", 1000, "sessions at once between two processes"),
+        ("--processes", 200, "processes attached to one region at once"),
+        ("--connects", 3000, "sessions connected and closed one after the other, per device"),
+    ):
+        parser.addoption(name, type=int, default=default, help=f"{text} (default: {default})")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -63,8 +71,11 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device_specs() -> Iterator[dict[str, str]]:
+def device_specs(pytestconfig: pytest.Config) -> Iterator[dict[str, str]]:
     """The spec of one device of every kind, shared by all tests of the run."""
+    sessions: int = pytestconfig.getoption("--sessions")
+    # The memory of a PCI device is a power of two.
+    region_bytes = max(REGION_BYTES, 1 << (SESSION_BYTES * sessions - 1).bit_length())
     gc.freeze()  # what pytest and its plugins hold need not be looked at after every test
     resource_tracker.ensure_running()  # multiprocessing's own; not a leak of the first test
     with contextlib.ExitStack() as cleanup:
@@ -76,9 +87,9 @@ def device_specs() -> Iterator[dict[str, str]]:
         os.environ.pop("IVSMC_DEVICE", None)
         region = where / "region"
         with region.open("xb") as file:
-            file.truncate(REGION_BYTES)
+            file.truncate(region_bytes)
         socket_path = where / "ivs.sock"
-        cleanup.enter_context(running_server(socket_path))
+        cleanup.enter_context(running_server(socket_path, size=region_bytes))
         yield {
             "local": "local",
             "file": f"file:{region}",
@@ -88,9 +99,9 @@ def device_specs() -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def running_server(path: Path, *options: str) -> Iterator[None]:
+def running_server(path: Path, *options: str, size: int = REGION_BYTES) -> Iterator[None]:
     """``ivsmc server`` on the Unix socket ``path``, ready for clients."""
-    arguments = [sys.executable, "-m", "ivsmc", "server", str(path), "--size", str(REGION_BYTES)]
+    arguments = [sys.executable, "-m", "ivsmc", "server", str(path), "--size", str(size)]
     arguments += options
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

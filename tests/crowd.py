@@ -1,12 +1,16 @@
 """What the other processes do in the tests of rates, scale and idleness."""
 
+import gc
 import os
+import random
 import resource
 import select
 import selectors
+import signal
 import socket
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +28,10 @@ from processes import Here, running
 
 SMALL = 16 * 1024
 """The smallest buffer of a session, in bytes."""
+SPARE = 1000
+"""Descriptors for what is no session."""
+MESSAGE = 4096
+"""Bytes on each of many sessions at once, each way: less than a buffer, so one thread can do it."""
 PATIENCE = 60.0
 """Seconds until a test gives up what should come at once."""
 
@@ -60,6 +68,22 @@ class Holdings:
             threads=len(list(Path("/proc/self/task").iterdir())),
             mappings=sum("region" in line or "memfd:" in line for line in maps),
         )
+
+
+@dataclass
+class Weight:
+    """What a process holds, and the bytes of its memory that are no file's."""
+
+    holdings: Holdings
+    private: int
+
+    @classmethod
+    def now(cls) -> "Weight":
+        gc.collect()
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return cls(Holdings.now(), 1024 * int(line.split()[1]))
+        raise AssertionError("the kernel does not say")
 
 
 def allow_descriptors(count: int) -> None:
@@ -113,7 +137,7 @@ def answer_all(here: Here, device: str, count: int) -> None:
 
     At the end its holdings, before and after.
     """
-    allow_descriptors(4 * count)
+    allow_descriptors(count + SPARE)
     with (
         ivsmc.open_device(device),
         ivsmc.create_server(LOOPBACK, backlog=count, device=device, buffer=SMALL) as listener,
@@ -133,6 +157,69 @@ def answer_all(here: Here, device: str, count: int) -> None:
         del sessions, session
         here.send((before, Holdings.now()))
         here.receive()
+
+
+def weigh_when_asked(here: Here, device: str) -> None:
+    """Echo on one session after the other; on one that asks, say what this process weighs."""
+    with ivsmc.create_server(LOOPBACK, device=device, buffer=SMALL) as listener:
+        here.send(listener.getsockname())
+        text = b""
+        while text != b"stop":
+            session, _ = listener.accept()
+            with session:
+                text = session.recv(MESSAGE)
+                if text not in {b"weigh", b"stop"}:
+                    session.sendall(text)
+                assert receive_all(session) == b""
+            if text == b"weigh":
+                here.send(Weight.now())
+
+
+def breed(here: Here, device: str, address: tuple[str, int], count: int) -> None:
+    """Fork ``count`` processes that connect, and have each exchange a message when told.
+
+    At the end every other one is killed. Says each time how many are well.
+    """
+    pipes: dict[int, socket.socket] = {}
+    try:
+        for number in range(count):
+            ours, theirs = socket.socketpair()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    _one_of_many(theirs, device, address, number)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)
+            theirs.close()
+            pipes[pid] = ours
+            # One by one: nobody has to wait for the listener longer than a handshake may take.
+            assert ours.recv(1) == b"."
+        here.send(count)
+        while here.receive():
+            for pipe in pipes.values():
+                pipe.sendall(b"!")
+            here.send(sum(pipe.recv(1) == b"." for pipe in pipes.values()))
+    finally:
+        for number, (pid, pipe) in enumerate(pipes.items()):
+            if number % 2:
+                os.kill(pid, signal.SIGKILL)
+            pipe.shutdown(socket.SHUT_WR)
+            os.waitpid(pid, 0)
+            pipe.close()
+
+
+def _one_of_many(pipe: socket.socket, device: str, address: tuple[str, int], number: int) -> None:
+    with ivsmc.create_connection(address, device=device, buffer=SMALL) as session:
+        assert session.transport == "smc", session.fallback_reason
+        pipe.sendall(b".")
+        random_bytes = random.Random(number).randbytes
+        while pipe.recv(1):
+            message = random_bytes(MESSAGE)
+            session.sendall(message)
+            assert receive_exactly(session, MESSAGE) == message[::-1]
+            pipe.sendall(b".")
 
 
 def cpu_while_idle(seconds: float) -> float:

@@ -2,7 +2,7 @@
 
 Needs Python 3.11 or later with pip, and cargo; everything else comes from the registries. The tests
 in guests need QEMU and a kernel as well, and are skipped without. Further arguments go to pytest:
-``python3 tests/run.py --stream-bytes 2G``.
+``python3 tests/run.py --stream-bytes 2G --sessions 10000 --connects 100000``.
 """
 
 import subprocess

@@ -5,25 +5,32 @@ import random
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 import ivsmc
 from crowd import (
+    MESSAGE,
     SMALL,
+    SPARE,
     Holdings,
+    Weight,
     allow_descriptors,
     answer_all,
+    breed,
     cpu_while_idle,
     hold_idle,
     observer,
     waiting,
     warm_up,
+    weigh_when_asked,
 )
 from endpoints import LOOPBACK, receive_exactly
 from processes import Remote, running
 
-SESSIONS = 1000
-MESSAGE = 4096
-"""Bytes on each session at once, each way: less than a buffer, so that one thread can do it."""
 ROUNDS = 5
+
+GROWTH = 1 << 20
+"""Bytes by which the memory of a process may grow, whatever it does."""
 
 IDLE_SESSIONS = 200
 IDLE_LISTENERS = 20
@@ -40,14 +47,15 @@ def memory(device: str) -> int:
     return 512 * region.stat().st_blocks
 
 
-def test_a_thousand_sessions_at_once(shared_device: str) -> None:
-    allow_descriptors(4 * SESSIONS)
+def test_many_sessions_at_once(shared_device: str, pytestconfig: pytest.Config) -> None:
+    count: int = pytestconfig.getoption("--sessions")
+    allow_descriptors(count + SPARE)
     with observer(shared_device) as census:
         before = census()
         memory_before = memory(shared_device)
         with (
             ivsmc.open_device(shared_device) as device,
-            running(answer_all, shared_device, SESSIONS) as far,
+            running(answer_all, shared_device, count) as far,
         ):
             address = far.receive()
             with ivsmc.create_connection(address, device=shared_device) as first:
@@ -59,13 +67,13 @@ def test_a_thousand_sessions_at_once(shared_device: str) -> None:
                     opened.enter_context(
                         ivsmc.create_connection(address, device=shared_device, buffer=SMALL)
                     )
-                    for _ in range(SESSIONS)
+                    for _ in range(count)
                 ]
                 assert {session.transport for session in sessions} == {"smc"}
                 assert far.receive() == {"smc"}
                 held = device.census()
-                assert held["dmbs_held"] - before["dmbs_held"] == 2 * SESSIONS
-                assert held["dmbs_attached"] - before["dmbs_attached"] == 2 * SESSIONS
+                assert held["dmbs_held"] - before["dmbs_held"] == 2 * count
+                assert held["dmbs_attached"] - before["dmbs_attached"] == 2 * count
                 for seed in range(ROUNDS):
                     exchange_on_all(sessions, far, seed)
             far.send(0)
@@ -76,7 +84,7 @@ def test_a_thousand_sessions_at_once(shared_device: str) -> None:
             far.receive()
         assert census() == before
         # Control blocks stay, a fiftieth of the rings.
-        assert memory(shared_device) - memory_before < SESSIONS * SMALL // 16
+        assert memory(shared_device) - memory_before < count * SMALL // 16
 
 
 def exchange_on_all(sessions: list[ivsmc.Session], far: Remote, seed: int) -> None:
@@ -88,6 +96,75 @@ def exchange_on_all(sessions: list[ivsmc.Session], far: Remote, seed: int) -> No
     far.send(MESSAGE)
     for session, message in zip(sessions, sent, strict=True):
         assert receive_exactly(session, MESSAGE) == message[::-1]
+
+
+def test_many_processes_at_once(device_specs: dict[str, str], pytestconfig: pytest.Config) -> None:
+    """Each has a slot, an extent and a session of its own; half of them are killed at the end."""
+    device, count = device_specs["local"], pytestconfig.getoption("--processes")
+    with observer(device) as census:
+        before = census()
+        with ivsmc.open_device(device) as opened, running(answer_all, device, count) as far:
+            address = far.receive()
+            with ivsmc.create_connection(address, device=device) as first:
+                warm_up(first)
+                assert far.receive() == "warm"
+            with running(breed, device, address, count) as crowd:
+                assert crowd.receive() == count
+                assert far.receive() == {"smc"}
+                held = opened.census()
+                assert held["live"] - before["live"] == count + 2
+                assert held["dmbs_attached"] - before["dmbs_attached"] == 2 * count
+                for _ in range(ROUNDS):
+                    crowd.send("exchange")
+                    far.send(MESSAGE)
+                    assert crowd.receive() == count
+                crowd.send(None)
+                crowd.receive()
+            far.send(0)
+            far.receive()
+            far.send(None)
+            far.receive()
+        assert census() == before
+
+
+def test_what_connects_and_closes_leaves_nothing(
+    shared_device: str, pytestconfig: pytest.Config
+) -> None:
+    """Neither memory nor descriptors, at either end."""
+    count: int = pytestconfig.getoption("--connects")
+    with observer(shared_device) as census:
+        before = census()
+        with running(weigh_when_asked, shared_device) as far, ivsmc.open_device(shared_device):
+            address = far.receive()
+
+            def connect(times: int) -> None:
+                for number in range(times):
+                    text = b"%d" % number
+                    with ivsmc.create_connection(
+                        address, device=shared_device, buffer=SMALL
+                    ) as session:
+                        session.sendall(text)
+                        assert receive_exactly(session, len(text)) == text
+
+            def weigh() -> tuple[Weight, Weight]:
+                with ivsmc.create_connection(address, device=shared_device) as session:
+                    session.sendall(b"weigh")
+                there: Weight = far.receive()
+                return Weight.now(), there
+
+            # What is kept for the next session is there after these.
+            connect(max(count // 5, 500))
+            weights = weigh()
+            connect(count)
+            for first, last in zip(weights, weigh(), strict=True):
+                grown = last.private - first.private
+                print(f"{shared_device.split(':')[0]}: {grown} bytes of {first.private} more")
+                assert not last.holdings.grown_since(first.holdings)
+                assert grown < GROWTH
+            with ivsmc.create_connection(address, device=shared_device) as session:
+                session.sendall(b"stop")
+            far.receive()
+        assert census() == before
 
 
 def test_idle_sessions_and_listeners_use_no_processor(device: str) -> None:
