@@ -534,14 +534,11 @@ struct Shared {
 
 /// A listener of the destination that its prover does not know to be dead.
 fn live_listener(attachment: &Attachment, to: Endpoint) -> Option<SlotRef> {
-    let me = attachment.record();
-    loop {
-        let listener = attachment.region().find_listener(to, &me)?;
-        // Each dead one is reclaimed with its entries, so this comes to an end.
-        if attachment.is_peer_alive(listener) {
-            return Some(listener);
-        }
-    }
+    let (region, me) = (attachment.region(), attachment.record());
+    // Each dead one is reclaimed with its entries; who writes them anew is not followed for ever.
+    (0..=region.geometry().slots())
+        .map_while(|_| region.find_listener(to, &me))
+        .find(|listener| attachment.is_peer_alive(*listener))
 }
 
 fn is_interruption(error: &Error) -> bool {

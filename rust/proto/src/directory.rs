@@ -160,7 +160,11 @@ impl<M: Memory> Region<M> {
     fn raise_directory_bound(&self, entries: u32) {
         let wanted = u64::from(entries);
         let mut bound = self.word(DIRECTORY_BOUND);
-        while bound < wanted {
+        // It only grows: who finds it changed as often as it may grow is being misled.
+        for _ in 0..entries {
+            if bound >= wanted {
+                return;
+            }
             // Release: pairs with the Acquire in `find_listener`.
             match self.memory().compare_exchange(DIRECTORY_BOUND, bound, wanted) {
                 Ok(_) => return,
@@ -278,7 +282,9 @@ mod tests {
     use crate::layout::MIN_REGION;
     use crate::slot::Prover;
     use alloc::vec::Vec;
+    use core::mem::MaybeUninit;
     use core::net::{IpAddr, SocketAddr};
+    use core::sync::atomic::Ordering;
 
     fn ip(text: &str) -> Ip {
         text.parse::<IpAddr>().unwrap().into()
@@ -395,6 +401,54 @@ mod tests {
         assert_eq!(region.register_listener(server.slot, Bound::Any4, 81), None);
         assert_eq!(region.reclaim(server.slot).listeners, 1);
         assert_eq!(region.census().listeners, 0);
+    }
+
+    /// Somebody takes the directory bound back before each of our accesses.
+    struct Restless(HeapMemory);
+
+    impl Memory for Restless {
+        fn len(&self) -> u64 {
+            self.0.len()
+        }
+        fn load(&self, at: u64, order: Ordering) -> u64 {
+            self.0.load(at, order)
+        }
+        fn store(&self, at: u64, value: u64, order: Ordering) {
+            self.0.store(at, value, order);
+        }
+        fn swap(&self, at: u64, value: u64) -> u64 {
+            self.0.swap(at, value)
+        }
+        fn compare_exchange(&self, at: u64, current: u64, new: u64) -> Result<u64, u64> {
+            if at == DIRECTORY_BOUND {
+                self.0.store(at, !current & 1, Ordering::Relaxed);
+            }
+            self.0.compare_exchange(at, current, new)
+        }
+        fn fetch_or(&self, at: u64, bits: u64) -> u64 {
+            self.0.fetch_or(at, bits)
+        }
+        fn fence(&self) {
+            self.0.fence();
+        }
+        fn write(&self, at: u64, from: &[u8]) {
+            self.0.write(at, from);
+        }
+        fn read(&self, at: u64, into: &mut [MaybeUninit<u8>]) {
+            self.0.read(at, into);
+        }
+    }
+
+    #[test]
+    fn a_bound_that_somebody_keeps_taking_back_is_given_up() {
+        let region = Region::attach(Restless(HeapMemory::new(MIN_REGION)), 1).unwrap();
+        let me = region.claim_slot(0, Prover::None).unwrap();
+        // The bounds of these three are never seen, and each call ends.
+        for port in 1..4 {
+            let entry = region.register_listener(me, Bound::Any4, port).unwrap();
+            assert!(region.word(DIRECTORY_BOUND) < u64::from(port).max(2));
+            assert_eq!(entry.index, u32::from(port) - 1);
+        }
     }
 
     #[test]
