@@ -1,7 +1,6 @@
 """Connected pairs and what tests do with either end."""
 
 import socket
-import time
 from typing import Protocol, TypeAlias
 
 import ivsmc
@@ -52,15 +51,9 @@ def receive_all(stream: Receiver) -> bytes:
 def fill(stream: Endpoint) -> int:
     """Send zeros until the stream takes no more; return how many. It is non-blocking after."""
     stream.setblocking(False)
-    # A session is full at once; in a TCP connection the kernel may still make room by itself.
-    tries = 1 if getattr(stream, "transport", "tcp") == "smc" else 5
-    sent = refused = 0
-    while refused < tries:
+    sent = 0
+    while True:
         try:
             sent += stream.send(bytes(65536))
-            refused = 0
         except BlockingIOError:
-            refused += 1
-            if refused < tries:
-                time.sleep(0.01)
-    return sent
+            return sent
