@@ -21,7 +21,7 @@ RECEIVING: dict[str, Call] = {
     "a file's read": lambda end: end.makefile("rb").read(1),
     "a file's readline": lambda end: end.makefile("r").readline(),
 }
-SENDING: dict[str, Call] = {
+_SENDING: dict[str, Call] = {
     "send": lambda end: end.send(b"s"),
     "send with a timeout": lambda end: _with_timeout(end, lambda: end.send(b"s")),
     "sendall": lambda end: end.sendall(bytes(1 << 20)),
@@ -30,6 +30,20 @@ SENDING: dict[str, Call] = {
 }
 LONG = 1000
 """Seconds no test takes."""
+
+
+def _until_it_fails(call: Call) -> Call:
+    """``call`` again and again: into a full TCP connection the kernel lets one go through, late."""
+
+    def calls(end: Endpoint) -> None:
+        while True:
+            call(end)
+
+    return calls
+
+
+SENDING = {name: _until_it_fails(call) for name, call in _SENDING.items()}
+"""What waits while there is no room."""
 
 
 def _with_timeout(end: Endpoint, call: Callable[[], Any]) -> None:
