@@ -43,15 +43,8 @@ impl Mapping {
     /// Maps the first `size` bytes of `fd`, shared, readable and writable.
     ///
     /// # Errors
-    /// `InvalidInput` if `size` is 0 or a regular file is shorter, else those of `mmap`.
+    /// Those of [`Mapping::map_at`].
     pub fn map(fd: Fd, size: u64) -> io::Result<Mapping> {
-        let status = file::status(&fd)?;
-        if size == 0 || (status.is_regular() && status.size < size) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("cannot map {size} bytes of a file of {}", status.size),
-            ));
-        }
         Self::map_at(fd, 0, size)
     }
 
@@ -63,8 +56,8 @@ impl Mapping {
     /// raise SIGBUS.
     ///
     /// # Errors
-    /// Those of `mmap`: `InvalidInput` if `size` is 0, the range not inside the device's memory, or
-    /// `offset` not a multiple of the page size.
+    /// Those of `mmap`: `InvalidInput` if `size` is 0, the range not inside the file or the device's
+    /// memory, or `offset` not a multiple of the page size.
     pub fn map_at(fd: Fd, offset: u64, size: u64) -> io::Result<Mapping> {
         let identity = file::status(&fd)?.identity;
         let pages = Pages::map(fd, offset, size)?;
@@ -282,6 +275,10 @@ mod tests {
         let error = Mapping::map(fd.try_clone().unwrap(), 4097).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         assert!(Mapping::map(fd.try_clone().unwrap(), 0).is_err());
+        // As of a device that an agent says to be larger than it is.
+        for (offset, size) in [(4096, 4096), (0, 8192), (4096, u64::MAX)] {
+            assert!(Mapping::map_at(fd.try_clone().unwrap(), offset, size).is_err(), "{offset}");
+        }
         assert!(Mapping::map(fd, u64::MAX).is_err());
     }
 

@@ -191,10 +191,16 @@ mod tests {
                 assert!(registers.load(at).is_err(), "{at}");
             }
         }
-        let fd = || file::memfd(c"askew").unwrap();
+        let fd = || {
+            let fd = file::memfd(c"askew").unwrap();
+            file::set_size(&fd, 128).unwrap();
+            fd
+        };
         const HUGE: u64 = u64::MAX - 3;
-        for (offset, len) in [(2, 256), (0, 3), (0, HUGE), (4, HUGE)] {
+        for (offset, len) in [(2, 256), (0, 3), (0, 4100), (4096, 256), (0, HUGE), (4, HUGE)] {
             assert!(Registers::map(fd(), offset, len).is_err(), "{offset} {len}");
         }
+        // As sysfs has them: the file has as many bytes as the registers, which begin inside of a page.
+        assert!(Registers::map(fd(), 256, 128).is_ok());
     }
 }

@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 
 use crate::call;
 use crate::fd::Fd;
+use crate::file;
 use crate::fork::{self, MappingEntry};
 
 /// A shared mapping with the descriptor it was made from.
@@ -33,9 +34,20 @@ impl Pages {
     /// Maps `length` bytes of `fd` from `offset` on, shared, readable and writable.
     ///
     /// # Errors
-    /// Those of `mmap`: `InvalidInput` if `length` is 0 or `offset` not a multiple of the page
+    /// `InvalidInput` if a regular file has no page at the end of the range: accesses there would raise
+    /// SIGBUS. Those of `mmap`: `InvalidInput` if `length` is 0 or `offset` not a multiple of the page
     /// size, `OutOfMemory` for more than an address space has.
     pub(crate) fn map(fd: Fd, offset: u64, length: u64) -> io::Result<Pages> {
+        let status = file::status(&fd)?;
+        // Up to the end of its last page: sysfs says of registers, which have a page, their bytes.
+        let pages = status.size.checked_next_multiple_of(file::page_size());
+        let ends_behind = |pages| offset.checked_add(length).is_none_or(|end| end > pages);
+        if status.is_regular() && pages.is_none_or(ends_behind) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("cannot map {length} bytes at {offset} of a file of {}", status.size),
+            ));
+        }
         let offset = call::file_offset(offset)?;
         let length = usize::try_from(length)
             .ok()
