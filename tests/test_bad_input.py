@@ -663,13 +663,14 @@ def test_arguments_that_only_ivsmc_has(make: Callable[..., Any], arguments: dict
 
 
 @pytest.mark.parametrize("value", ["50us", "-1", "1.5"])
-def test_a_variable_that_is_no_number(value: str) -> None:
+@pytest.mark.parametrize("name", ["IVSMC_SPIN_US", "IVSMC_MATCH_MS"])
+def test_a_variable_that_is_no_number(name: str, value: str) -> None:
     code = "import ivsmc; ivsmc.create_server(('127.0.0.1', 0))"
-    environment = {**os.environ, "IVSMC_SPIN_US": value}
+    environment = {**os.environ, name: value}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
-    assert f"IVSMC_SPIN_US={value} is no number" in done.stderr
+    assert f"{name}={value} is no number" in done.stderr
     assert "OSError" in done.stderr
 
 

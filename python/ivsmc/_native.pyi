@@ -22,6 +22,7 @@ __all__ = [
     "connect",
     "devices",
     "open_device",
+    "set_match_wait",
     "set_spin",
     "shutdown",
 ]
@@ -336,4 +337,10 @@ def set_spin(microseconds: int | None, /) -> None:
     """Set how long each wait of this process looks before it sleeps, from now on.
 
     None is what the environment says. For measuring both ways in one run.
+    """
+
+def set_match_wait(milliseconds: int | None, /) -> None:
+    """Set how long each connect waits for a listener that is there, from now on.
+
+    None is what the environment says. A listener waits for its clients four times as long.
     """

@@ -39,9 +39,6 @@ use crate::session::Session;
 use crate::spin;
 use crate::Deadline;
 
-/// How long a client may take to commit itself, and before that to notice that it is connected.
-const PATIENCE: Duration = Duration::from_secs(1);
-
 /// Time between two looks at an intent whose client has not yet noticed that it is connected.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
@@ -135,7 +132,7 @@ impl Handshake {
                 intent,
                 stage: Stage::Announced,
                 inbox: Inbox::default(),
-                deadline: Instant::now() + PATIENCE,
+                deadline: Instant::now() + handshake::commit_wait(),
                 watched: false,
             })),
         });
@@ -347,7 +344,7 @@ impl Work {
                 }
                 if region.match_intent(&self.intent).is_ok() {
                     self.stage = Stage::Matched;
-                    self.deadline = Instant::now() + PATIENCE;
+                    self.deadline = Instant::now() + handshake::commit_wait();
                     // The client spins; it may have committed itself already.
                     return Step::Again;
                 }

@@ -34,9 +34,6 @@ use crate::source;
 use crate::spin;
 use crate::{Error, Result};
 
-/// How long the listener may take to match an intent.
-const MATCH_WAIT: Duration = Duration::from_millis(250);
-
 /// Source ports tried before shared memory is given up.
 const PORTS_TRIED: usize = 32;
 
@@ -214,7 +211,7 @@ impl<H: Host> Connecting<'_, H> {
             Ok(dialled) => dialled,
             Err(fallback) => return Ok(Outcome::Nothing(fallback)),
         };
-        let until = self.share(MATCH_WAIT)?;
+        let until = self.share(handshake::match_wait())?;
         let seen = loop {
             match self.host.blocking(|| look_for_match(&mut intent, &conn, until)) {
                 Err(error) if is_interruption(&error) => self.host.interrupted()?,

@@ -15,10 +15,50 @@ use ivsmc_shm::net::{self, MSG_DONTWAIT, MSG_PEEK};
 
 use crate::attachment::Attachment;
 use crate::fallback::{Fallback, Reason, Side};
+use crate::setting::Setting;
 use crate::{Error, Result};
 
 /// How long a CLC message may take (`CLC_WAIT_TIME` of Linux).
 pub(crate) const CLC_WAIT: Duration = Duration::from_secs(6);
+
+/// How long the listener may take to match an intent, unless `IVSMC_MATCH_MS` says otherwise.
+const MATCH_WAIT: Duration = Duration::from_millis(250);
+
+/// Milliseconds, instead.
+static MATCH: Setting = Setting::new("IVSMC_MATCH_MS", 1, "whole milliseconds from 1");
+
+/// Refuses an environment that asks for nonsense.
+///
+/// # Errors
+/// `ApiMisuse`, in words.
+pub(crate) fn judge_environment() -> Result<()> {
+    MATCH.judge()
+}
+
+/// Sets how long connects of this process wait for a listener that is there to take them over
+/// shared memory, from now on; `None` is what the environment says. A listener waits for its
+/// clients four times as long.
+pub fn set_match_wait(wait: Option<Duration>) {
+    MATCH.set(wait.map(millis), default_wait);
+}
+
+/// How long a listener may take to match an intent.
+pub(crate) fn match_wait() -> Duration {
+    Duration::from_millis(MATCH.get(default_wait))
+}
+
+/// How long a client may take to commit itself, and before that to notice that it is connected.
+pub(crate) fn commit_wait() -> Duration {
+    match_wait().saturating_mul(4)
+}
+
+fn default_wait() -> u64 {
+    millis(MATCH_WAIT)
+}
+
+fn millis(wait: Duration) -> u64 {
+    u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// Size class of a DMB of 256 KiB: smaller is up to three times slower, larger no faster.
 const DEFAULT_CLASS: u8 = 4;

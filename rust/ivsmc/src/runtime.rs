@@ -14,6 +14,7 @@ use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::{fork, net, thread};
 
 use crate::devices::DeviceTable;
+use crate::handshake;
 use crate::reactor::{lock, Need, Reactor};
 use crate::spin;
 use crate::wait::Bells;
@@ -72,6 +73,7 @@ impl Runtime {
             Some(reactor) => Arc::clone(reactor),
             None => {
                 spin::judge_environment()?;
+                handshake::judge_environment()?;
                 let reactor = Arc::new(Reactor::new()?);
                 let served = Arc::clone(&reactor);
                 state.thread = Some(thread::spawn("ivsmc", move || {

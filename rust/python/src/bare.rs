@@ -1,4 +1,4 @@
-//! For `ivsmc bench`: what the machine itself allows, and waiting both ways in one run.
+//! For `ivsmc bench` and tests: what the machine itself allows, and other settings in one run.
 
 use std::time::Duration;
 
@@ -26,4 +26,11 @@ pub(crate) fn bare_limit(
 #[pyo3(signature = (microseconds, /))]
 pub(crate) fn set_spin(microseconds: Option<u64>) {
     ivsmc::set_spin(microseconds.map(Duration::from_micros));
+}
+
+/// Sets how many milliseconds connects wait for a listener; `None` is what the environment says.
+#[pyfunction]
+#[pyo3(signature = (milliseconds, /))]
+pub(crate) fn set_match_wait(milliseconds: Option<u64>) {
+    ivsmc::set_match_wait(milliseconds.map(Duration::from_millis));
 }

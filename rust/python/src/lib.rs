@@ -27,7 +27,7 @@ mod _native {
     #[pymodule_export]
     use crate::agent::Agent;
     #[pymodule_export]
-    use crate::bare::{bare_limit, set_spin};
+    use crate::bare::{bare_limit, set_match_wait, set_spin};
     #[pymodule_export]
     use crate::connect::connect;
     #[pymodule_export]
