@@ -125,10 +125,12 @@ def serve_until_told(here: Here, device: str | None, cpu: int | None) -> None:
 
 def warm_up(session: ivsmc.Session) -> None:
     """Sleep on it, while nothing comes: a process keeps what it needs for that."""
-    session.settimeout(0.001)
-    while not session.stats()["sleeps"]:
+    # A wait whose time is over before it sleeps needs nothing.
+    for timeout in (0.001, 0.01, 0.1):
+        session.settimeout(timeout)
         with pytest.raises(TimeoutError):
             session.recv(1)
+    assert session.stats()["sleeps"]
     session.settimeout(None)
 
 
