@@ -35,6 +35,8 @@ REGION_BYTES = 64 * 1024 * 1024
 SESSION_BYTES = 64 * 1024
 """Of the region at least, for each of many sessions at once: twice what their buffers take."""
 SHM = Path("/dev/shm")
+MATCH_MS = 5000
+"""A busy machine may halt a process for longer than connects wait by default."""
 
 
 def pytest_configure() -> None:
@@ -85,6 +87,8 @@ def device_specs(pytestconfig: pytest.Config) -> Iterator[dict[str, str]]:
         os.environ["IVSMC_LOCAL_DIR"] = str(where)
         cleanup.callback(os.environ.pop, "IVSMC_LOCAL_DIR")
         os.environ.pop("IVSMC_DEVICE", None)
+        os.environ["IVSMC_MATCH_MS"] = str(MATCH_MS)
+        cleanup.callback(os.environ.pop, "IVSMC_MATCH_MS")
         region = where / "region"
         with region.open("xb") as file:
             file.truncate(region_bytes)

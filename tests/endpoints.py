@@ -1,9 +1,12 @@
 """Connected pairs and what tests do with either end."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeAlias
 
 import ivsmc
+from ivsmc import _native
 
 Endpoint: TypeAlias = ivsmc.Session | socket.socket
 LOOPBACK = ("127.0.0.1", 0)
@@ -29,6 +32,16 @@ def session_pair(device: str, *, buffer: int | None = None) -> tuple[ivsmc.Sessi
     expected = "tcp" if device == "none" else "smc"
     assert (near.transport, far.transport) == (expected, expected), near.fallback_reason
     return near, far
+
+
+@contextmanager
+def hasty() -> Iterator[None]:
+    """Connects of this process wait for a listener that will not take them only briefly."""
+    _native.set_match_wait(100)
+    try:
+        yield
+    finally:
+        _native.set_match_wait(None)
 
 
 def receive_exactly(stream: Receiver, size: int) -> bytes:

@@ -20,7 +20,7 @@ import pytest
 
 import ivsmc
 from conftest import SHM
-from endpoints import LOOPBACK, receive_all
+from endpoints import LOOPBACK, hasty, receive_all
 from listening import listen, question, relay
 from processes import Remote, running
 
@@ -205,7 +205,7 @@ def translated_address(arguments: dict[str, Any], _: pytest.MonkeyPatch) -> Iter
         port = scene.address[1]
         with socket.create_server(("127.0.0.2", port), reuse_port=True) as router:
             scene.address = router.getsockname()
-            with relay(router, ("127.0.0.1", port)):
+            with relay(router, ("127.0.0.1", port)), hasty():
                 yield scene
 
 
@@ -217,14 +217,15 @@ def stopped_listener(arguments: dict[str, Any], _: pytest.MonkeyPatch) -> Iterat
         os.kill(pid, signal.SIGSTOP)
         os.waitid(os.P_PID, pid, os.WSTOPPED)
         scene.resume = lambda: os.kill(pid, signal.SIGCONT)
-        yield scene
+        with hasty():
+            yield scene
 
 
 @contextmanager
 def listener_that_does_not_accept(
     arguments: dict[str, Any], _: pytest.MonkeyPatch
 ) -> Iterator[Scene]:
-    with listening(arguments, told=False) as scene:
+    with listening(arguments, told=False) as scene, hasty():
         scene.resume = lambda: scene.server.send("accept")
         yield scene
 
@@ -313,7 +314,7 @@ def test_a_listener_that_requires_shared_memory(
 
 def test_a_listener_that_does_not_accept_is_asked_twice() -> None:
     """After that, nobody waits for it any more, for a while."""
-    with listening({}, told=False) as scene, ExitStack() as opened:
+    with listening({}, told=False) as scene, hasty(), ExitStack() as opened:
         sessions = [opened.enter_context(scene.connect()) for _ in range(3)]
         names = [Said.by(session.fallback_reason).name for session in sessions]
         assert names == ["NOT_MATCHED", "NOT_MATCHED", "RECENTLY_NOT_MATCHED"]

@@ -39,7 +39,7 @@ def end(remote: Remote, address: tuple[str, int], connects: int) -> Counter[str]
     transports: Counter[str] = remote.receive()
     remote.receive()
     transports["tcp"] -= 1
-    return transports
+    return +transports
 
 
 @contextmanager
@@ -58,10 +58,8 @@ def pinned() -> Iterator[int | None]:
 
 
 def connect(address: tuple[str, int], device: str) -> ivsmc.Session:
-    """A session over shared memory, unless nobody took it in time; never for want of a port."""
     session = ivsmc.create_connection(address, device=device, buffer=SMALL)
-    reason = session.fallback_reason
-    assert reason is None or reason.name == "NOT_MATCHED", reason
+    assert session.fallback_reason is None
     return session
 
 
@@ -104,11 +102,6 @@ def test_a_plain_server_is_connected_to_as_fast_as_with_a_plain_socket(
     assert median >= AT_LEAST
 
 
-def assert_shared(transports: Counter[str]) -> None:
-    """Over shared memory, but for those whose quarter of a second a stalled machine took."""
-    assert transports["tcp"] <= max(transports.total() // 1000, 2)
-
-
 def test_no_port_runs_out(device_specs: dict[str, str]) -> None:
     device = device_specs["local"]
     with server(device, None) as (remote, address):
@@ -121,7 +114,7 @@ def test_no_port_runs_out(device_specs: dict[str, str]) -> None:
             for _ in range(BATCH):
                 socket.create_connection(other.getsockname()).close()
                 other.accept()[0].close()
-        assert_shared(end(remote, address, CONNECTS))
+        assert set(end(remote, address, CONNECTS)) == {"smc"}
     print(f"connects to an ivsmc server: {CONNECTS / seconds:.0f}/s")
 
 
@@ -133,5 +126,5 @@ def test_ports_that_plain_programs_used_are_used_again(device_specs: dict[str, s
         with server(device, None) as (remote, address):
             for _ in range(BATCH):
                 connect(address, device).close()
-            assert_shared(end(remote, address, BATCH))
+            assert set(end(remote, address, BATCH)) == {"smc"}
         end(plain, plain_address, CONNECTS // 2)

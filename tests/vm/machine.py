@@ -197,4 +197,5 @@ def agent_environment() -> dict[str, str]:
     paths = [str(AGENT.parent.parent)]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])
-    return {"PYTHONPATH": os.pathsep.join(paths), "PATH": os.environ["PATH"]}
+    passed_on = {name: os.environ[name] for name in ("PATH", "IVSMC_MATCH_MS")}
+    return {"PYTHONPATH": os.pathsep.join(paths), **passed_on}

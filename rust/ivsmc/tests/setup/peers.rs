@@ -24,6 +24,9 @@ use ivsmc_shm::net;
 /// No step of a test takes nearly as long.
 pub(crate) const LONG: Timeout = Timeout::After(Duration::from_secs(20));
 
+/// A busy machine may halt the other thread for longer than connects wait by default.
+const MATCH_WAIT: Duration = Duration::from_secs(2);
+
 /// A file that is a region, gone with the test.
 pub(crate) struct RegionFile {
     path: PathBuf,
@@ -31,6 +34,7 @@ pub(crate) struct RegionFile {
 
 impl RegionFile {
     pub(crate) fn new(size: u64) -> Self {
+        ivsmc::set_match_wait(Some(MATCH_WAIT));
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = PathBuf::from(format!("/dev/shm/ivsmc-setup-{}-{number}", std::process::id()));
