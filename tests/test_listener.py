@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import select
 import selectors
 import socket
 import threading
@@ -141,6 +143,25 @@ def test_sessions_outlive_their_listener(listener: ivsmc.Listener, device: str) 
         with far:
             far.sendall(b"still here")
         assert receive_all(near) == b"still here"
+
+
+def test_the_session_of_an_event_loop_does_not_get_its_listeners_descriptor(device: str) -> None:
+    """``sock_accept`` of asyncio removes the listener's number from its loop once more later."""
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(ivsmc.create_server(LOOPBACK, device=device))
+        listener.setblocking(False)
+        number = listener.fileno()
+        near = ivsmc.create_connection(listener.getsockname(), device=device)
+        opened.enter_context(near)
+        select.select([listener], [], [])
+        far = opened.enter_context(listener.accept()[0])
+        listener.close()
+        # Of all that are free, it is the lowest.
+        while (lower := os.open(os.devnull, os.O_RDONLY)) < number:
+            opened.callback(os.close, lower)
+        os.close(lower)
+        assert lower == number
+        assert far.fileno() != number
 
 
 def test_left_open_it_warns(device: str) -> None:

@@ -39,6 +39,10 @@ class Listener:
         handle, address = self._acceptor.accept(self._timeout)
         session = Session(handle)
         session.settimeout(socket.getdefaulttimeout())
+        if self._timeout == 0.0:
+            # An event loop may still forget this listener's descriptor after it was closed; made
+            # later, the session's could get the same number, and be forgotten instead.
+            session.fileno()
         # A client's port is always new.
         log_once(session.fallback_reason, address[0], "accepted from")
         return session, address
