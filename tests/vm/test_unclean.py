@@ -2,9 +2,12 @@
 
 Its peers are in the other guest and in the host, on both kinds of device, all at once. The last
 tests of the bed: they leave it with guests that have begun anew.
+
+``--vm-ends 100`` has the guest reset and killed a hundred times, for an hour or two.
 """
 
 import contextlib
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -14,13 +17,15 @@ import pytest
 from vm import tasks
 from vm.bed import Bed
 from vm.guest import Guest
-from vm.machine import Job
+from vm.machine import Job, Machine
 from vm.streams import Flow, census, connect_flow, serve_flows, slots_at
 
 KINDS = ("doorbell", "plain")
 PEERS = ("one", "host")
 TRIES = 300
 """Looks at a region, of a tenth of a second each, until it must be clean."""
+MOMENTS = 0.5
+"""Seconds at most from when all streams flow until the guest is reset or killed."""
 RESET = {"ConnectionResetError", "BrokenPipeError", "done"}
 """How the two threads of an end can see a reset: one of them is told, once, as with TCP."""
 
@@ -36,7 +41,7 @@ def victim(bed: Bed) -> Guest:
 
 
 class Streams:
-    """Sessions between the victim and all of its peers, in full flow."""
+    """Sessions between a guest and all of its peers, in full flow."""
 
     def __init__(self, serving: dict[str, Job], peers: dict[tuple[str, str], Job]) -> None:
         self.serving = serving
@@ -54,7 +59,7 @@ class Streams:
             assert passed == sorted((flow.received, flow.sent) for flow in far)
 
     def end_with_a_reset(self, kind: str) -> list[Flow]:
-        """Have the victim's peers on devices of this kind see a reset."""
+        """Have the guest's peers on devices of this kind see a reset."""
         flows = [job.receive() for (its, _), job in self.peers.items() if its == kind]
         for flow in flows:
             assert "ConnectionResetError" in flow.ends
@@ -63,15 +68,15 @@ class Streams:
 
 
 @contextlib.contextmanager
-def streams(bed: Bed, victim: Guest) -> Iterator[Streams]:
-    """Two sessions on each kind of device, in full flow."""
+def streams(bed: Bed, server: Machine, *names: str) -> Iterator[Streams]:
+    """A session of each of these peers on each kind of device, in full flow."""
     with contextlib.ExitStack() as cleanup:
         serving, peers = {}, {}
         for kind in KINDS:
-            running = victim.running(serve_flows, bed.spec(victim, kind), len(PEERS))
+            running = server.running(serve_flows, bed.spec(server, kind), len(names))
             serving[kind] = cleanup.enter_context(running)
-            address = (victim.address, serving[kind].receive())
-            for name in PEERS:
+            address = (server.address, serving[kind].receive())
+            for name in names:
                 peer = bed.machine(name)
                 running = peer.running(connect_flow, bed.spec(peer, kind), address)
                 peers[kind, name] = cleanup.enter_context(running)
@@ -96,62 +101,72 @@ def assert_clean(bed: Bed, kind: str) -> None:
     raise AssertionError(found)
 
 
-def assert_new_sessions_work(bed: Bed, victim: Guest, before: list[Flow]) -> None:
-    """The guest has slots of another generation than the sessions ``before`` had."""
-    with streams(bed, victim) as again:
-        for job in (*again.peers.values(), *again.serving.values()):
-            job.send("end")
-        for (kind, _), job in again.peers.items():
-            flow = job.receive()
-            assert flow.ends == ("done", "done")
-            same = [old for old in before if old.path.device == flow.path.device]
-            assert flow.peer not in {old.peer for old in same}, kind
-
-
 @pytest.mark.parametrize("seconds", [10, 60])
 def test_paused(bed: Bed, victim: Guest, seconds: int) -> None:
     """Nothing but delay, also when keepalive has asked in vain: after 30 s, and every 15 s."""
-    with streams(bed, victim) as flowing:
+    with streams(bed, victim, *PEERS) as flowing:
         victim.pause()
         time.sleep(seconds)
         victim.resume()
         flowing.finish()
 
 
-def test_reset(bed: Bed, victim: Guest) -> None:
+def reset(bed: Bed, victim: Guest, flowing: Streams, others: Streams) -> list[Flow]:
     """Its peers see it at the latest when it is back."""
-    with streams(bed, victim) as flowing:
-        victim.reset()
-        victim.set_up()
-        for kind in KINDS:
-            victim.call(census, bed.spec(victim, kind))  # it attaches
-        ended = [flow for kind in KINDS for flow in flowing.end_with_a_reset(kind)]
-    for kind in KINDS:
-        assert_clean(bed, kind)
-    assert_new_sessions_work(bed, victim, ended)
+    victim.reset()
+    others.finish()
+    victim.set_up()
+    attach(bed, victim)
+    return [flow for kind in KINDS for flow in flowing.end_with_a_reset(kind)]
 
 
-def test_killed(bed: Bed, victim: Guest) -> None:
+def killed(bed: Bed, victim: Guest, flowing: Streams, others: Streams) -> list[Flow]:
     """The ivshmem server tells its clients at once; on plain devices, when the guest is back."""
-    with streams(bed, victim) as flowing:
-        victim.kill()
-        ended = flowing.end_with_a_reset("doorbell")
-        assert_clean(bed, "doorbell")
-        bed.boot(victim)
-        victim.set_up()
-        for kind in KINDS:
-            victim.call(census, bed.spec(victim, kind))
-        ended += flowing.end_with_a_reset("plain")
+    victim.kill()
+    ended = flowing.end_with_a_reset("doorbell")
+    others.finish()
+    assert_clean(bed, "doorbell")
+    bed.boot(victim)
+    victim.set_up()
+    attach(bed, victim)
+    return ended + flowing.end_with_a_reset("plain")
+
+
+def attach(bed: Bed, guest: Guest) -> None:
+    """Have a process of the guest attach to both devices, and see who had them before."""
     for kind in KINDS:
-        assert_clean(bed, kind)
-    assert_new_sessions_work(bed, victim, ended)
+        guest.call(census, bed.spec(guest, kind))
+
+
+def test_reset_and_killed(bed: Bed, victim: Guest, pytestconfig: pytest.Config) -> None:
+    """Again and again, in mid-stream: nothing is left over, and who is not its peer is unharmed."""
+    seed = random.getrandbits(32)
+    rng = random.Random(seed)
+    before: list[Flow] = []
+    for number in range(pytestconfig.getoption("--vm-ends")):
+        end = (reset, killed)[number % 2]
+        print(f"seed {seed}, number {number}: {end.__name__}", flush=True)
+        with (
+            streams(bed, bed.host, "host") as others,
+            streams(bed, victim, *PEERS) as flowing,
+        ):
+            time.sleep(rng.uniform(0, MOMENTS))
+            ended = end(bed, victim, flowing, others)
+        # The guest has slots of another generation than those before had.
+        for flow in ended:
+            assert (flow.path, flow.peer) not in {(old.path, old.peer) for old in before}
+        before = ended
+        for kind in KINDS:
+            assert_clean(bed, kind)
+    with streams(bed, victim, *PEERS) as flowing:
+        flowing.finish()
 
 
 def test_killed_and_given_up(bed: Bed, victim: Guest) -> None:
     """Nobody but an operator can say on a plain device that a guest is gone for good."""
     plain = bed.spec(bed.host, "plain")
     before, others = bed.host.call(census, plain), bed.host.call(slots_at, plain, victim.address)
-    with streams(bed, victim) as flowing:
+    with streams(bed, victim, *PEERS) as flowing:
         [slot] = bed.host.call(slots_at, plain, victim.address) - others
         victim.kill()
         for name in PEERS:
