@@ -1,32 +1,15 @@
 """Mixed load: ``bench/soak.py`` finds nothing, and finds what is made wrong on purpose."""
 
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parent.parent / "bench" / "soak.py"
+from benches import look_for_faults
 
 
 def soak(*arguments: object) -> tuple[int, str]:
-    """Its status, and all that it says; the last line is the verdict."""
-    with subprocess.Popen(
-        # How much slower round trips become in seconds is for runs of hours to say.
-        [sys.executable, "-W", "error", PROGRAM, "--drift", "1000", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            said, _ = process.communicate()
-        except BaseException:
-            process.send_signal(signal.SIGINT)  # it then removes what it has made
-            raise
-    print(said)  # seen when the test fails; the first line has the seed
-    return process.returncode, said
+    # How much slower round trips become in seconds is for runs of hours to say.
+    return look_for_faults("soak.py", "--drift", 1000, *arguments)
 
 
 @pytest.mark.parametrize("device", ["local", "file", "host"])
