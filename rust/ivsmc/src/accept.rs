@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use ivsmc_proto::clc::{AcceptConfirm, Device, Diagnosis, Eid, FirstContact, Message, Proposal};
 use ivsmc_proto::control::{READER_ABORTED, READER_CLOSED, WRITER_ABORTED, WRITER_CLOSED};
 use ivsmc_proto::dmb::Token;
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::intent::{IntentRef, IntentState};
 use ivsmc_proto::ring::Consumer;
 use ivsmc_proto::slot::SlotRef;
@@ -485,6 +486,7 @@ impl Work {
         if !handshake::send(&self.conn, &accept.encode_accept()) {
             return Err(End::Closed);
         }
+        reached("clc.accept");
         self.stage = Stage::Confirm(Box::new(offer));
         self.deadline = Instant::now() + CLC_WAIT;
         Ok(())

@@ -30,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use ivsmc_proto::clc::Eid;
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::host::{Boot, HostIdentity, HostRecord, Ip};
 use ivsmc_proto::judge::{self, Judge};
 use ivsmc_proto::proof::Witness;
@@ -265,6 +266,7 @@ impl Attachment {
         if self.judge.locks.is_some() {
             // Before the mapping ends, also in a child that a fork made just now.
             let _ = locks::unlock_byte(mapping.fd(), self.region.slot_claim_offset(self.me.index));
+            reached("slot.unlocked");
         }
         match &self.backing {
             Backing::Local(file) => {

@@ -15,6 +15,7 @@ use ivsmc_proto::clc::{
     AcceptConfirm, Diagnosis, Eid, FirstContact, Message, Proposal, MAX_DEVICES,
 };
 use ivsmc_proto::dmb::Token;
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::host::{Endpoint, Ip};
 use ivsmc_proto::intent::{IntentKey, IntentRef, IntentState};
 use ivsmc_proto::slot::SlotRef;
@@ -304,6 +305,7 @@ impl<H: Host> Connecting<'_, H> {
             net::set_nonblocking(&conn, true)?;
             match self.finish_connect(&conn, net::connect(&conn, &self.address)) {
                 Ok(()) => {
+                    reached("intent.connected");
                     // Nobody but this process takes it back.
                     let _ = attachment.region().connected_intent(&intent.entry);
                     return Ok(Ok((conn, intent)));
@@ -363,6 +365,7 @@ impl<H: Host> Connecting<'_, H> {
         if !handshake::send(conn, &proposal.encode()) {
             return Ok(Exchanged::Failed("the Proposal could not be sent".into()));
         }
+        reached("clc.proposal");
         let heard = self.hear(conn, until)?;
         intent.answered = heard.is_ok();
         let accept = match heard {
@@ -413,6 +416,7 @@ impl<H: Host> Connecting<'_, H> {
         if !handshake::send(conn, &confirm.encode_confirm()) {
             return Ok(Exchanged::Failed("the Confirm could not be sent".into()));
         }
+        reached("clc.confirm");
         Ok(Exchanged::Shared(Box::new(Shared { tx, own, server })))
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use ivsmc_proto::clc::{
     self, Chid, Decline, Device, Diagnosis, Eid, Gid, InvalidMessage, Message, HEADER_LENGTH,
 };
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, MSG_DONTWAIT, MSG_PEEK};
@@ -182,7 +183,11 @@ pub(crate) fn send(conn: &Fd, message: &[u8]) -> bool {
 
 /// Declines for `diagnosis`; false if that cannot be sent.
 pub(crate) fn send_decline(conn: &Fd, diagnosis: Diagnosis) -> bool {
-    send(conn, &Decline::new(diagnosis).encode())
+    let sent = send(conn, &Decline::new(diagnosis).encode());
+    if sent {
+        reached("clc.decline");
+    }
+    sent
 }
 
 /// The fallback after a Decline of the other end.

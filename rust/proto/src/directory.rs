@@ -14,6 +14,7 @@
 //! word by its owner; the last also by whoever reclaims the owner. Freeing raises the sequence, so
 //! that whoever read details between two equal looks at the word read those of one listener.
 
+use crate::failpoint::reached;
 use crate::host::{Endpoint, HostRecord, Ip};
 use crate::layout::{DIRECTORY_BOUND, WORD};
 use crate::memory::Memory;
@@ -138,6 +139,7 @@ impl<M: Memory> Region<M> {
             if !self.replace(at, free, writing) {
                 continue;
             }
+            reached("directory.claimed");
             // Pairs with the fence in `reclaim`: either it finds the entry, or we find us dead.
             self.memory().fence();
             if !self.is_live(owner) {
@@ -149,9 +151,11 @@ impl<M: Memory> Region<M> {
             self.set_word(detail + KIND, u64::from(owner.generation) << KIND_BITS | kind);
             self.set_word(detail + ADDRESS, address[0]);
             self.set_word(detail + ADDRESS + WORD, address[1]);
+            reached("directory.detailed");
             self.raise_directory_bound(index + 1);
             let word = LISTENING << STATE_SHIFT | identity;
-            return self.replace(at, writing, word).then_some(ListenerEntry { index, word });
+            let listens = self.step("directory.listening", at, writing, word);
+            return listens.then_some(ListenerEntry { index, word });
         }
         None
     }
@@ -167,7 +171,7 @@ impl<M: Memory> Region<M> {
             }
             // Release: pairs with the Acquire in `find_listener`.
             match self.memory().compare_exchange(DIRECTORY_BOUND, bound, wanted) {
-                Ok(_) => return,
+                Ok(_) => return reached("directory.bounded"),
                 Err(found) => bound = found,
             }
         }
@@ -176,7 +180,7 @@ impl<M: Memory> Region<M> {
     /// Takes a listener out. Whether it was still there.
     pub fn unregister_listener(&self, entry: ListenerEntry) -> bool {
         let at = self.geometry().directory_word(entry.index);
-        self.replace(at, entry.word, freed(entry.word))
+        self.step("directory.freed", at, entry.word, freed(entry.word))
     }
 
     /// A live peer that accepts connections to `dest` made by the host of `me`.
@@ -256,7 +260,7 @@ impl<M: Memory> Region<M> {
                 if word >> STATE_SHIFT == FREE || word & OWNER != owner_bits(dead) {
                     return false;
                 }
-                if self.replace(at, word, freed(word)) {
+                if self.step("reclaim.listener", at, word, freed(word)) {
                     return true;
                 }
             }

@@ -22,6 +22,7 @@
 use core::fmt;
 
 use crate::control::{RING_WORDS, STATE};
+use crate::failpoint::reached;
 use crate::memory::Memory;
 use crate::region::Region;
 pub use crate::ring::Place;
@@ -195,6 +196,7 @@ impl<M: Memory> Region<M> {
             // Seen by whoever sees the compare-exchange below.
             self.set_word(place.control + word, 0);
         }
+        reached("dmb.cleared");
         // Wraps past zero, so that no token is 0.
         let generation = (idle >> DMB_SHIFT) % DMB_GENERATIONS + 1;
         let word = generation << DMB_SHIFT
@@ -205,6 +207,7 @@ impl<M: Memory> Region<M> {
         if !self.replace(place.control + STATE, idle, word) {
             return Err(DmbError::Busy);
         }
+        reached("dmb.invited");
         let token = Token::new(granule, generation);
         // Pairs with the fence in `reclaim`: either it finds the DMB, or we find us dead.
         self.memory().fence();
@@ -256,6 +259,7 @@ impl<M: Memory> Region<M> {
         if !self.replace(place.control + STATE, invited, attached) {
             return Err(DmbError::NotInvited);
         }
+        reached("dmb.attached");
         // Pairs with the fence in `reclaim`: either it finds the writer, or we find us dead.
         self.memory().fence();
         if self.is_live(me) {
@@ -275,6 +279,7 @@ impl<M: Memory> Region<M> {
         }) else {
             return false;
         };
+        reached("dmb.detached");
         if found & HELD == 0 {
             // Pairs with the fence in `reclaim`: of its look at this DMB and ours at the others,
             // the second sees all that is done.
@@ -287,6 +292,9 @@ impl<M: Memory> Region<M> {
     /// Owner: lets go of the DMB.
     pub fn release_dmb(&self, token: Token) -> Release {
         let found = self.change_dmb(token, |word| (word & HELD != 0).then(|| without_owner(word)));
+        if found.is_some() {
+            reached("dmb.released");
+        }
         match found.map(writer_state) {
             Some(NONE | INVITED | GONE) => Release::Free,
             // Not held means that somebody broke the word: what it says then decides.
@@ -360,6 +368,7 @@ impl<M: Memory> Region<M> {
                 new = without_owner(new);
             }
             if self.replace_state(granule, word, new) {
+                reached("reclaim.dmb");
                 done.written += u32::from(writes);
                 done.held += u32::from(holds);
                 return true;

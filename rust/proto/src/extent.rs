@@ -17,6 +17,7 @@
 //! Between claimed and open the owner has the memory backed. Others look at the control blocks of
 //! open extents only: on a full file system a look at one that is not backed would be a SIGBUS.
 
+use crate::failpoint::reached;
 use crate::memory::Memory;
 use crate::region::Region;
 use crate::slot::{SlotRef, GENERATION_BITS};
@@ -54,6 +55,7 @@ impl<M: Memory> Region<M> {
             let at = self.geometry().extent_word(*index);
             self.word(at) == 0 && self.replace(at, 0, claimed_by(owner))
         })?;
+        reached("extent.claimed");
         // Pairs with the fence in `reclaim`: either it finds the extent, or we find us dead.
         self.memory().fence();
         if self.is_live(owner) {
@@ -70,7 +72,7 @@ impl<M: Memory> Region<M> {
     /// If there is no such extent.
     pub fn open_extent(&self, index: u32, owner: SlotRef) -> bool {
         let word = claimed_by(owner);
-        self.replace(self.extent_word_offset(index), word, word | OPEN)
+        self.step("extent.opened", self.extent_word_offset(index), word, word | OPEN)
     }
 
     /// Frees extent `index` of `owner`, the caller. Whether it did: not if the extent is another's
@@ -81,7 +83,9 @@ impl<M: Memory> Region<M> {
     pub fn free_extent(&self, index: u32, owner: SlotRef) -> bool {
         let at = self.extent_word_offset(index);
         let word = self.word(at);
-        owner_in(word) == Some(owner) && self.is_idle(index, word) && self.replace(at, word, 0)
+        owner_in(word) == Some(owner)
+            && self.is_idle(index, word)
+            && self.step("extent.freed", at, word, 0)
     }
 
     /// The owner of extent `index`; it may be dead, when a writer has not let go.
@@ -121,7 +125,7 @@ impl<M: Memory> Region<M> {
             // If somebody else frees it and it is claimed again, the word is another one.
             owner_in(word).is_some_and(|owner| !self.is_live(owner))
                 && self.is_idle(index, word)
-                && self.replace(at, word, 0)
+                && self.step("reclaim.extent", at, word, 0)
         })
     }
 

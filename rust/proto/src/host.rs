@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 
+use crate::failpoint::reached;
 use crate::layout::WORD;
 use crate::memory::Memory;
 use crate::region::Region;
@@ -244,6 +245,7 @@ impl<M: Memory> Region<M> {
         // Each store below is a Release one: none is seen before the odd sequence.
         self.set_word(base + BOOT, low(record.identity.boot));
         self.set_word(base + BOOT + WORD, low(record.identity.boot >> 64));
+        reached("record.begun");
         self.set_word(base + NETNS, record.identity.netns);
         self.set_word(base + IVPOSITION, u64::from(record.identity.ivposition));
         self.set_word(base + MACHINE, low(record.machine));
@@ -255,6 +257,7 @@ impl<M: Memory> Region<M> {
         }
         // Pairs with the first load in `host_record`.
         self.set_word(base + SEQUENCE, generation | within(found.wrapping_add(2)));
+        reached("record.written");
     }
 
     /// The record of the live owner of slot `index`, if it has written one and lets it rest.

@@ -31,6 +31,7 @@
 //!
 //! An entry lies in a window of the table that the client's port selects.
 
+use crate::failpoint::reached;
 use crate::host::{Endpoint, Ip};
 use crate::layout::WORD;
 use crate::memory::Memory;
@@ -182,6 +183,7 @@ impl<M: Memory> Region<M> {
         let entry = self
             .claim_intent(owner, key, |word| word >> STATE_SHIFT == FREE)
             .or_else(|| self.claim_intent(owner, key, is_abandoned))?;
+        reached("intent.claimed");
         let at = self.geometry().intent(entry.index);
         // Pairs with the fence in `reclaim`: either it finds the entry, or we find us dead.
         self.memory().fence();
@@ -196,8 +198,9 @@ impl<M: Memory> Region<M> {
             self.set_word(at + base, words[0]);
             self.set_word(at + base + WORD, words[1]);
         }
+        reached("intent.written");
         let announced = entry.word(IntentState::Announced.encode());
-        self.replace(at, entry.word(WRITING), announced).then_some(entry)
+        self.step("intent.announced", at, entry.word(WRITING), announced).then_some(entry)
     }
 
     /// The state of `intent`; `None` if its incarnation has ended: the client withdrew, finished,
@@ -252,7 +255,7 @@ impl<M: Memory> Region<M> {
     /// # Errors
     /// The state found; `None` if the incarnation has ended.
     pub fn connected_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        self.advance(intent, IntentState::Announced, IntentState::Pending)
+        self.advance("intent.pending", intent, IntentState::Announced, IntentState::Pending)
     }
 
     /// Acceptor, for a connection that it found ESTABLISHED *after* it found the intent pending:
@@ -261,7 +264,7 @@ impl<M: Memory> Region<M> {
     /// # Errors
     /// The state found; `None` if the incarnation has ended.
     pub fn match_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        self.advance(intent, IntentState::Pending, IntentState::Matched)
+        self.advance("intent.matched", intent, IntentState::Pending, IntentState::Matched)
     }
 
     /// Acceptor, when it gives up on a match (a byte, the end of the stream, a deadline): matched
@@ -274,9 +277,10 @@ impl<M: Memory> Region<M> {
     /// # Errors
     /// The state found; `None` if the incarnation has ended, then the connection is plain TCP too.
     pub fn refuse_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        let refused = self.advance(intent, IntentState::Matched, IntentState::Refused);
+        let (from, to) = (IntentState::Matched, IntentState::Refused);
+        let refused = self.advance("intent.refused", intent, from, to);
         if refused == Err(Some(IntentState::Abandoned)) {
-            self.free_intent(intent, IntentState::Abandoned);
+            self.free_intent("intent.forgotten", intent, IntentState::Abandoned);
         }
         refused
     }
@@ -287,7 +291,7 @@ impl<M: Memory> Region<M> {
     /// # Errors
     /// The state found; `None` if the incarnation has ended.
     pub fn commit_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        self.advance(intent, IntentState::Matched, IntentState::Committed)
+        self.advance("intent.committed", intent, IntentState::Matched, IntentState::Committed)
     }
 
     /// Client: gives up on the intent, in whatever state but committed, and frees it. The
@@ -303,7 +307,7 @@ impl<M: Memory> Region<M> {
                 Some(found @ (IntentState::Committed | IntentState::Abandoned)) => {
                     return Err(Some(found));
                 }
-                Some(state) if self.free_intent(intent, state) => return Ok(()),
+                Some(state) if self.free_intent("intent.withdrawn", intent, state) => return Ok(()),
                 Some(_) => {}
             }
         }
@@ -315,7 +319,7 @@ impl<M: Memory> Region<M> {
     /// # Errors
     /// The state found; `None` if the incarnation has ended.
     pub fn finish_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        if self.free_intent(intent, IntentState::Committed) {
+        if self.free_intent("intent.finished", intent, IntentState::Committed) {
             Ok(())
         } else {
             Err(self.intent_state(intent))
@@ -328,24 +332,27 @@ impl<M: Memory> Region<M> {
     /// # Errors
     /// The state found; `None` if the incarnation has ended.
     pub fn abandon_intent(&self, intent: &IntentRef) -> Result<(), Option<IntentState>> {
-        self.advance(intent, IntentState::Committed, IntentState::Abandoned)
+        self.advance("intent.abandoned", intent, IntentState::Committed, IntentState::Abandoned)
     }
 
-    /// Frees `intent` if it is in `state`.
-    fn free_intent(&self, intent: &IntentRef, state: IntentState) -> bool {
+    /// Frees `intent` if it is in `state`; the step is the failpoint `name`.
+    #[inline(always)] // Without failpoints there are no names.
+    fn free_intent(&self, name: &'static str, intent: &IntentRef, state: IntentState) -> bool {
         let word = intent.word(state.encode());
-        self.replace(self.geometry().intent(intent.index), word, freed(word))
+        self.step(name, self.geometry().intent(intent.index), word, freed(word))
     }
 
-    /// One transition: a compare-exchange of the whole word.
+    /// One transition: a compare-exchange of the whole word. It is the failpoint `name`.
+    #[inline(always)] // Without failpoints there are no names.
     fn advance(
         &self,
+        name: &'static str,
         intent: &IntentRef,
         from: IntentState,
         to: IntentState,
     ) -> Result<(), Option<IntentState>> {
         let at = self.geometry().intent(intent.index);
-        if self.replace(at, intent.word(from.encode()), intent.word(to.encode())) {
+        if self.step(name, at, intent.word(from.encode()), intent.word(to.encode())) {
             Ok(())
         } else {
             Err(self.intent_state(intent))
@@ -398,7 +405,7 @@ impl<M: Memory> Region<M> {
                 if word >> STATE_SHIFT == FREE || word & OWNER != owner_bits(dead) {
                     return false;
                 }
-                if self.replace(at, word, new) {
+                if self.step("reclaim.intent", at, word, new) {
                     return true;
                 }
             }

@@ -5,6 +5,7 @@
 //! from before it claims the slot until its mapping is gone. Whoever obtains the lock of another's slot
 //! holds it while it takes back what the dead one had: meanwhile nobody else takes the slot.
 
+use crate::failpoint::reached;
 use crate::memory::Memory;
 use crate::proof::Witness;
 use crate::region::Region;
@@ -112,6 +113,7 @@ pub fn claim_with_lock<M: Memory, L: Locks>(
         if !locks.try_lock(byte)? {
             continue;
         }
+        reached("slot.locked");
         if let Some(me) = region.claim_slot(index, prover) {
             return Ok(Some(me));
         }
@@ -132,6 +134,7 @@ fn try_lock<M: Memory>(
     if !locks.try_lock(byte).unwrap_or(false) {
         return false;
     }
+    reached("reap.locked");
     // With the lock held nobody else takes this slot. It may have been taken, by a process
     // that died since, or given back, between the look and the lock: look again.
     let dead = matches!(

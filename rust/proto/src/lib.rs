@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(feature = "failpoints")]
+extern crate std;
 
 pub mod agent;
 pub mod allocator;
@@ -15,6 +17,7 @@ pub mod control;
 pub mod directory;
 pub mod dmb;
 pub mod extent;
+pub mod failpoint;
 pub mod frame;
 #[cfg(any(test, feature = "heap"))]
 pub mod heap;

@@ -17,6 +17,7 @@
 
 use core::num::NonZeroU64;
 
+use crate::failpoint::reached;
 use crate::layout::PAGE;
 use crate::memory::Memory;
 use crate::region::Region;
@@ -42,11 +43,12 @@ impl<M: Memory> Region<M> {
     /// [`Region::marking_server_offset`].
     pub fn set_marking_server(&self, instance: NonZeroU64) {
         self.set_word(INSTANCE, instance.get());
+        reached("marker.set");
     }
 
     /// Takes back what [`Region::set_marking_server`] said, unless another server is there by now.
     pub fn clear_marking_server(&self, instance: NonZeroU64) {
-        self.replace(INSTANCE, instance.get(), 0);
+        self.step("marker.cleared", INSTANCE, instance.get(), 0);
     }
 
     /// Ids below this number were given out by ivshmem servers that mark leavers, each to nobody else
@@ -60,6 +62,7 @@ impl<M: Memory> Region<M> {
     /// [`Region::marking_server_offset`].
     pub fn set_ids_given(&self, ids: u32) {
         self.set_word(IDS, u64::from(ids));
+        reached("ids.set");
     }
 
     /// Through the connection of which client of the ivshmem server the owner of `at`, which has this

@@ -10,6 +10,7 @@ use core::fmt;
 use core::ops::Range;
 use core::sync::atomic::Ordering;
 
+use crate::failpoint::reached;
 use crate::layout::{Geometry, MIN_REGION, PAGE, WORD};
 use crate::memory::Memory;
 
@@ -121,12 +122,25 @@ impl<M: Memory> Region<M> {
     pub(crate) fn replace(&self, at: u64, current: u64, new: u64) -> bool {
         self.memory.compare_exchange(at, current, new).is_ok()
     }
+
+    /// As [`Region::replace`]; that it was done is the failpoint `name`.
+    #[inline(always)] // Without failpoints there are no names.
+    pub(crate) fn step(&self, name: &'static str, at: u64, current: u64, new: u64) -> bool {
+        let done = self.replace(at, current, new);
+        if done {
+            reached(name);
+        }
+        done
+    }
 }
 
 /// Sets the word at `at` if it is zero; what it is then.
 fn settle<M: Memory>(memory: &M, at: u64, value: u64) -> u64 {
     match memory.compare_exchange(at, 0, value) {
-        Ok(_) => value,
+        Ok(_) => {
+            reached("format.word");
+            value
+        }
         Err(found) => found,
     }
 }
@@ -141,7 +155,10 @@ fn claim_magic<M: Memory>(memory: &M) -> Result<(), RegionError> {
     let used = (0..PAGE).step_by(8).find(|at| memory.load(*at, Ordering::Acquire) != 0);
     match used {
         None => match settle(memory, 0, MAGIC) {
-            MAGIC => Ok(()),
+            MAGIC => {
+                reached("format.magic");
+                Ok(())
+            }
             found => Err(RegionError::NotARegion { at: 0, found }),
         },
         // Another attacher may have set the magic and more since the first look.

@@ -51,6 +51,7 @@ use core::fmt;
 use core::sync::atomic::Ordering;
 
 use crate::control::{READER_FLAGS, READER_HEARD, READER_WAIT, WRITER_WAIT};
+use crate::failpoint::reached;
 use crate::memory::Memory;
 
 mod consumer;
@@ -107,6 +108,7 @@ impl Place {
     pub fn set_heard<M: Memory>(&self, m: &M) {
         // Read by `Producer::is_heard`, which needs no order.
         m.fetch_or(self.control + READER_FLAGS, READER_HEARD);
+        reached("ring.heard");
     }
 
     /// Takes [`Place::set_heard`] back: a doorbell got lost. No matter if it fails, as it may while
@@ -115,7 +117,9 @@ impl Place {
     pub fn withdraw_heard<M: Memory>(&self, m: &M) {
         let at = self.control + READER_FLAGS;
         let flags = m.load(at, Ordering::Relaxed);
-        let _ = m.compare_exchange(at, flags, flags & !READER_HEARD);
+        if m.compare_exchange(at, flags, flags & !READER_HEARD).is_ok() {
+            reached("ring.unheard");
+        }
     }
 
     /// Offset of stream byte `cursor`, and how many of `count` bytes lie before the wrap.

@@ -13,6 +13,7 @@
 
 use core::fmt;
 
+use crate::failpoint::reached;
 use crate::layout::WORD;
 use crate::memory::Memory;
 use crate::region::Region;
@@ -225,9 +226,11 @@ impl<M: Memory> Region<M> {
         if !self.replace(claim, word, new) {
             return None;
         }
+        reached("slot.claimed");
         for bits in 0..summary::WORDS {
             self.set_word(claim + SUMMARY + bits * WORD, 0);
         }
+        reached("slot.cleared");
         Some(SlotRef { index, generation: generation(new) })
     }
 
@@ -247,7 +250,7 @@ impl<M: Memory> Region<M> {
         let word = self.word(claim);
         match decode(at.index, word) {
             SlotState::Live { at: found, .. } if found == at => {
-                self.replace(claim, word, with_life(word, DEAD))
+                self.step("slot.dead", claim, word, with_life(word, DEAD))
             }
             _ => false,
         }
@@ -259,7 +262,8 @@ impl<M: Memory> Region<M> {
         let word = self.word(claim);
         match decode(at.index, word) {
             SlotState::Dead { at: found, .. } if found == at => {
-                self.replace(claim, word, u64::from(at.generation) << GENERATION_SHIFT)
+                let free = u64::from(at.generation) << GENERATION_SHIFT;
+                self.step("slot.freed", claim, word, free)
             }
             _ => false,
         }
@@ -274,12 +278,14 @@ impl<M: Memory> Region<M> {
             let bytes = bytes.try_into().unwrap_or([0; 8]);
             self.set_word(word, u64::from_le_bytes(bytes));
         }
+        reached("information.begun");
         let word = u64::from(at.generation) << GENERATION_SHIFT
             | u64::from(info.ivposition.is_some()) << HAS_IVPOSITION_SHIFT
             | u64::from(info.vector.is_some()) << HAS_VECTOR_SHIFT
             | u64::from(info.vector.unwrap_or(0)) << 16
             | u64::from(info.ivposition.unwrap_or(0));
         self.set_word(slot + INFO, word);
+        reached("information.written");
     }
 
     /// What `at` said of itself, if it is live and has.

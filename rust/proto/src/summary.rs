@@ -19,6 +19,7 @@
 
 use core::sync::atomic::Ordering;
 
+use crate::failpoint::reached;
 use crate::layout::WORD;
 use crate::memory::Memory;
 
@@ -49,6 +50,7 @@ pub fn set<M: Memory>(m: &M, at: u64, number: u16) {
     // Its Release pairs with the Acquire of the swap in `take`: who takes the bit, and whom that
     // one wakes, sees what was published before.
     m.fetch_or(at + number / 64 * WORD, 1 << (number % 64));
+    reached("summary.set");
 }
 
 /// Takes all bits of the summary words at `at`, and says which numbers they were. The caller has
@@ -64,6 +66,7 @@ pub fn take<M: Memory>(m: &M, at: u64, mut taken: impl FnMut(u16)) {
         }
         // Its Acquire pairs with the Release of `set`.
         let mut bits = m.swap(at, 0);
+        reached("summary.taken");
         while bits != 0 {
             #[allow(clippy::cast_possible_truncation)] // Both are small.
             taken((word * 64) as u16 + bits.trailing_zeros() as u16);

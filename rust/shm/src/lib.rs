@@ -18,6 +18,7 @@
 //! | [`net`], [`poll`] | sockets, addresses, descriptors over sockets; waiting, eventfds |
 //! | [`futex`], [`thread`] | waiting inside the process; threads that take no signals |
 //! | [`errno`] | error numbers by name |
+//! | `failpoint` | how a test has its process die; with the feature of that name |
 
 #[cfg(not(all(target_os = "linux", target_endian = "little", target_pointer_width = "64")))]
 compile_error!("ivsmc needs 64-bit little-endian Linux: region words are little-endian u64");
@@ -28,6 +29,8 @@ mod copy;
 mod pages;
 
 pub mod errno;
+#[cfg(feature = "failpoints")]
+pub mod failpoint;
 pub mod fd;
 pub mod file;
 pub mod fork;

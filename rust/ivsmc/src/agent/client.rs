@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ivsmc_proto::agent::AgentMessage;
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::poll::EventFd;
@@ -61,6 +62,7 @@ impl Client {
             });
             match send(&self.socket, &letter.rest, enclosed) {
                 Ok(sent) => {
+                    reached("agent.sent");
                     letter.enclosed = None;
                     letter.rest.drain(..sent);
                     if letter.rest.is_empty() {

@@ -5,6 +5,7 @@ use std::io;
 use std::time::Instant;
 
 use ivsmc_proto::agent::{self, AgentMessage, Welcome, HEADER_LENGTH};
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::{net, poll};
@@ -92,6 +93,7 @@ impl Agent {
             .map_err(|error| format!("it cannot be watched: {error}"))?;
         let (vector, bells) =
             state.vectors.give(&*self.device, key).map_err(|error| descriptors_ended(&error))?;
+        reached("agent.wired");
         let Some(slot) = self.slots.claim() else {
             state.vectors.take_back(&*self.device, key);
             let slots = self.slots.region().geometry().slots();

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use ivsmc_proto::failpoint::reached;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::poll::{self, EpollEvent};
 
@@ -69,6 +70,7 @@ impl Agent {
         let Client { who, slot, .. } = client;
         // Before its vector can be given to another: what it held in the region is nobody's.
         let died = self.slots.take_back(slot);
+        reached("agent.taken_back");
         state.vectors.take_back(&*self.device, key);
         state.left += 1;
         if died {

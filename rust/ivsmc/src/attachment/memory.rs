@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ivsmc_proto::allocator::Allocator;
 use ivsmc_proto::dmb::{DmbError, Place, Release, Token};
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::layout::Geometry;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_proto::summary;
@@ -142,7 +143,9 @@ impl Attachment {
             return false;
         }
         let Some(extent) = self.region.claim_extent(self.me) else { return false };
-        if self.reserve(extent).is_err() || !self.region.open_extent(extent, self.me) {
+        let is_backed = self.reserve(extent).is_ok();
+        reached("extent.backed");
+        if !is_backed || !self.region.open_extent(extent, self.me) {
             self.region.free_extent(extent, self.me);
             return false;
         }
@@ -234,6 +237,7 @@ impl Attachment {
                 // cannot be given back to the system is still free for the next one.
                 let (_, data) = self.region.geometry().extent_ranges(extent);
                 let _ = self.memory().punch_hole(data);
+                reached("extent.emptied");
             }
             self.region.free_extent(extent, self.me);
         }

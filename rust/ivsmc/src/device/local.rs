@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ivsmc_proto::failpoint::reached;
 use ivsmc_shm::errno;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::file::{self as files, Access, FileIdentity, Status};
@@ -96,6 +97,7 @@ pub(crate) fn open_below(parent: &Path, size: Option<u64>) -> Result<Opened, Unu
                 COMING.as_secs(),
             )));
         }
+        reached("local.made");
         let status = files::status(&fd).map_err(|error| cannot_open(&file, &error))?;
         judge_file(&file, &status, user)?;
         // Removed by the last one out while this process waited for the lock.
@@ -129,6 +131,7 @@ fn map(
             };
             files::set_size(&fd, size)
                 .map_err(|error| Unusable::device(format!("it cannot be made: {error}")))?;
+            reached("local.sized");
             status.size = size;
         }
         super::map(fd, &status, &file_system)
@@ -187,6 +190,7 @@ impl LocalFile {
         if is_named(&self.file, identity) {
             // What cannot be removed stays for the next one, who uses it as it is.
             let _ = files::unlink(&self.file);
+            reached("local.removed");
             // Refused while a newcomer has made a file in it.
             let _ = std::fs::remove_dir(&self.directory);
         }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::ivshmem::Descriptor;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, Credentials};
@@ -57,7 +58,10 @@ impl Client {
                 }
             };
             match send(&self.socket, &message.to_bytes(), descriptor) {
-                Ok(_) => self.outbox.sent(),
+                Ok(_) => {
+                    reached("server.sent");
+                    self.outbox.sent();
+                }
                 Err(flushed) => {
                     if flushed == Flushed::Ended {
                         self.outbox.clear();

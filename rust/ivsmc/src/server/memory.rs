@@ -14,6 +14,7 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::region::Region;
 use ivsmc_proto::slot::{Prover, SlotRef, SlotState};
 use ivsmc_shm::fd::Fd;
@@ -80,6 +81,7 @@ impl Memory {
                     .into(),
             ));
         }
+        reached("marker.locked");
         let random = file::random_u128().map_err(|error| refuse("no random numbers", error))?;
         #[allow(clippy::cast_possible_truncation)] // any 64 of the random bits do
         let instance = NonZeroU64::new(random as u64).unwrap_or(NonZeroU64::MAX);

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::time::Instant;
 
+use ivsmc_proto::failpoint::reached;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net;
 use ivsmc_shm::poll::{self, EpollEvent, EventFd};
@@ -69,6 +70,7 @@ impl Server {
         drop(client);
         // Before anybody can be told or be given this id: what it held in the region is nobody's.
         let slots = self.memory.mark_leaver(id);
+        reached("server.taken_back");
         for other in state.clients.values_mut() {
             other.outbox.left(id);
         }

@@ -8,6 +8,7 @@ use crate::control::{
     CONSUMED, PRODUCED, READER_ENDS, READER_FLAGS, READER_WAIT, WRITER_FLAGS, WRITER_FLAGS_KNOWN,
     WRITER_WAIT,
 };
+use crate::failpoint::reached;
 use crate::memory::Memory;
 
 /// The reading end of a ring in a DMB of this process; one thread at a time.
@@ -172,7 +173,11 @@ impl Consumer {
         }
         // What is taken may be newer than what was looked at: then the writer is woken early and
         // asks again. Pairs with the Acquire in `Place::writer_waits`.
-        m.swap(wait, 0) != 0
+        if m.swap(wait, 0) == 0 {
+            return false;
+        }
+        reached("ring.writer_wait_taken");
+        true
     }
 
     /// Gets ready to sleep until there is data: `true` means do not sleep, there are `least`
@@ -192,6 +197,7 @@ impl Consumer {
             return Ok(true);
         }
         m.swap(self.place.control + READER_WAIT, 1);
+        reached("ring.reader_waits");
         // Pairs with the fence in `Producer::take_reader_wait`: between the wait word and the
         // second look.
         m.fence();
@@ -208,6 +214,7 @@ impl Consumer {
     #[inline]
     pub fn clear_wait<M: Memory>(&self, m: &M) {
         m.swap(self.place.control + READER_WAIT, 0);
+        reached("ring.reader_waits_no_more");
     }
 
     /// Adds end flags; then the caller looks at [`Consumer::take_writer_wait`]. Works on a
@@ -216,6 +223,7 @@ impl Consumer {
     pub fn set_flags<M: Memory>(&self, m: &M, bits: u64) {
         // Its Release pairs with the Acquire in `Producer::reader_flags`.
         m.fetch_or(self.place.control + READER_FLAGS, bits);
+        reached("ring.reader_flags");
     }
 
     /// The writer's end flags, those this version knows. Any of them says that no byte follows;
@@ -237,6 +245,7 @@ impl Consumer {
         // Release: pairs with the Acquire in `Producer::room`. The copies out of these bytes are
         // over before the writer sees that it may write them.
         m.store(self.place.control + CONSUMED, self.consumed, Ordering::Release);
+        reached("ring.consumed");
     }
 
     /// Whether this end has ended or waits itself, so that the writer goes on whatever is free.

@@ -7,6 +7,7 @@ use crate::control::{
     CONSUMED, PRODUCED, READER_ENDS, READER_FLAGS, READER_HEARD, READER_WAIT, WRITER_FLAGS,
     WRITER_WAIT,
 };
+use crate::failpoint::reached;
 use crate::memory::Memory;
 
 /// The writing end of a ring in the peer's DMB; one thread at a time.
@@ -99,10 +100,12 @@ impl Producer {
         if !second.is_empty() {
             m.write(self.place.data, second);
         }
+        reached("ring.data");
         self.produced = self.produced.wrapping_add(count as u64);
         // Release: pairs with the Acquire in `Consumer::available`. Who sees the cursor sees the
         // bytes.
         m.store(self.place.control + PRODUCED, self.produced, Ordering::Release);
+        reached("ring.produced");
         Ok(count)
     }
 
@@ -115,7 +118,11 @@ impl Producer {
         m.fence();
         let wait = self.place.control + READER_WAIT;
         // Relaxed: the fence orders it. The swap pairs with the Acquire in `Place::reader_waits`.
-        m.load(wait, Ordering::Relaxed) != 0 && m.swap(wait, 0) != 0
+        if m.load(wait, Ordering::Relaxed) == 0 || m.swap(wait, 0) == 0 {
+            return false;
+        }
+        reached("ring.reader_wait_taken");
+        true
     }
 
     /// Gets ready to sleep until there is room: `true` means do not sleep, there is some or the
@@ -140,6 +147,7 @@ impl Producer {
         let useful = bytes.clamp(capacity / 4, capacity / 2).max(1);
         let threshold = self.produced.wrapping_sub(capacity - useful);
         m.swap(self.place.control + WRITER_WAIT, threshold.max(1));
+        reached("ring.writer_waits");
         // Pairs with the fence in `Consumer::take_writer_wait`: between the wait word and the
         // second look.
         m.fence();
@@ -155,6 +163,7 @@ impl Producer {
     #[inline]
     pub fn clear_wait<M: Memory>(&self, m: &M) {
         m.swap(self.place.control + WRITER_WAIT, 0);
+        reached("ring.writer_waits_no_more");
     }
 
     /// Adds end flags, after all bytes that belong before them; then the caller looks at
@@ -164,6 +173,7 @@ impl Producer {
         // Its Release pairs with the Acquire in `Consumer::writer_flags`: who sees the flags sees
         // the last `produced`.
         m.fetch_or(self.place.control + WRITER_FLAGS, bits);
+        reached("ring.writer_flags");
     }
 
     /// The reader's end flags, those this version knows. Any of them ends this direction.
