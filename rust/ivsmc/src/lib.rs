@@ -12,6 +12,8 @@ mod attachment;
 mod bare;
 mod boot;
 mod connect;
+#[cfg(test)]
+mod crash;
 mod device;
 mod devices;
 mod error;

@@ -36,7 +36,7 @@ mod options;
 mod region;
 mod status;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod turn;
 mod vectors;
 mod vfio;

@@ -1,6 +1,6 @@
 //! An agent with real clients on its socket, over a device made of a file.
 
-mod stand_in;
+pub(crate) mod stand_in;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Lines, Read, Write};

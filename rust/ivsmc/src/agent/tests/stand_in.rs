@@ -36,7 +36,7 @@ use crate::Result;
 /// Where the registers are.
 const REGISTERS: u64 = 16 << 20;
 /// Bytes of the file, and of the region.
-pub(super) const SIZE: u64 = REGISTERS + 4096;
+pub(crate) const SIZE: u64 = REGISTERS + 4096;
 /// The word of IVPosition and doorbell, lower half first.
 const WORD: u64 = 8;
 /// In the doorbell: nothing was stored.
@@ -50,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What the vectors are wired to.
 type Wires = Arc<Mutex<Vec<Option<EventFd>>>>;
 
-pub(super) struct StandIn {
+pub(crate) struct StandIn {
     file: Fd,
     wires: Wires,
     /// Doorbells stored, as far as the hardware saw them apart.
@@ -61,7 +61,7 @@ pub(super) struct StandIn {
 
 impl StandIn {
     /// The device in the file at `path`, made if it is not there; and its memory.
-    pub(super) fn new(path: &Path, vectors: usize) -> (Self, Mapping) {
+    pub(crate) fn new(path: &Path, vectors: usize) -> (Self, Mapping) {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.unwrap();
         file.set_len(SIZE).unwrap();
@@ -92,11 +92,11 @@ impl StandIn {
         (Self { file, wires, doorbells, over, hardware: Some(hardware) }, mapping)
     }
 
-    pub(super) fn doorbells(&self) -> Arc<AtomicU64> {
+    pub(crate) fn doorbells(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.doorbells)
     }
 
-    pub(super) fn wires(&self) -> impl Fn(u16) + use<> {
+    pub(crate) fn wires(&self) -> impl Fn(u16) + use<> {
         let wires = Arc::clone(&self.wires);
         move |vector| ring(&wires, IVPOSITION.into(), vector.into())
     }
@@ -154,11 +154,11 @@ impl OwnedDevice for StandIn {
 }
 
 /// An agent over a device in a file, that serves on a thread.
-pub(super) struct Served {
-    pub(super) agent: Arc<Agent>,
+pub(crate) struct Served {
+    pub(crate) agent: Arc<Agent>,
     /// What a peer on another machine does: notifies a vector of the device.
-    pub(super) notify: Box<dyn Fn(u16)>,
-    pub(super) doorbells: Arc<AtomicU64>,
+    pub(crate) notify: Box<dyn Fn(u16)>,
+    pub(crate) doorbells: Arc<AtomicU64>,
     handle: AgentHandle,
     events: mpsc::Receiver<Event>,
     thread: Option<JoinHandle<Result<()>>>,
@@ -166,11 +166,11 @@ pub(super) struct Served {
 
 impl Served {
     /// At `agent.sock` in the directory, over `region` there.
-    pub(super) fn start(scratch: &Scratch, vectors: usize) -> Self {
+    pub(crate) fn start(scratch: &Scratch, vectors: usize) -> Self {
         Self::with(options(scratch.path()), &scratch.path().join("region"), vectors, PATIENCE)
     }
 
-    pub(super) fn with(
+    pub(crate) fn with(
         options: AgentOptions,
         region: &Path,
         vectors: usize,
@@ -198,16 +198,16 @@ impl Served {
         Self { agent, notify, doorbells, handle, events, thread: Some(thread) }
     }
 
-    pub(super) fn event(&self) -> Event {
+    pub(crate) fn event(&self) -> Event {
         self.events.recv_timeout(PATIENCE).unwrap()
     }
 }
 
-pub(super) fn options(directory: &Path) -> AgentOptions {
+pub(crate) fn options(directory: &Path) -> AgentOptions {
     AgentOptions::new(socket(directory))
 }
 
-pub(super) fn socket(directory: &Path) -> PathBuf {
+pub(crate) fn socket(directory: &Path) -> PathBuf {
     directory.join("agent.sock")
 }
 
