@@ -21,6 +21,7 @@ use crate::layout::MIN_REGION;
 use crate::slot::Prover;
 
 mod simulation;
+mod using;
 
 /// A memory that does something before its n-th access from now: kills the process that accesses
 /// it, or lets the others run.
@@ -135,6 +136,7 @@ fn life(own: &Process, peers: &Process, peer: SlotRef, me: &Cell<Option<SlotRef>
     me.set(Some(slot));
     own.write_host_record(slot, &record());
     let entry = own.register_listener(slot, Bound::Any4, 80)?;
+    using::intents(own, slot, peers, peer)?;
     let intent = own.publish_intent(slot, &key(1000))?;
     let _ = own.connected_intent(&intent);
 
@@ -145,6 +147,7 @@ fn life(own: &Process, peers: &Process, peer: SlotRef, me: &Cell<Option<SlotRef>
         peers_dmb.and_then(|token| own.attach_dmb(token, 0, slot, peer).ok().map(|_| token));
     // A second one, to be there when the first is gone.
     let second = dmb(own, slot, peer)?;
+    using::rings(own, peers, writes.zip(written.ok().map(|_| reads)));
 
     writes.map(|token| own.detach_dmb(token, slot));
     if let Some(token) = peers_dmb {
@@ -182,6 +185,7 @@ fn let_go(peers: &Process, peer: SlotRef) {
     for (index, _) in extents {
         peers.free_extent(index, peer);
     }
+    peers.reclaim_intents(peer);
 }
 
 /// Kills `run` at each of its accesses in turn, until it gets to its end.
@@ -201,6 +205,7 @@ fn a_peer_killed_at_any_access_leaves_nothing_for_good() {
             let lived = catch_unwind(AssertUnwindSafe(|| life(&own, &peers, peer, &me)));
             let through = own.memory().disarm();
             assert_eq!(lived.is_ok(), through);
+            using::is_sound(&peers);
             if peer_first {
                 let_go(&peers, peer);
             }
