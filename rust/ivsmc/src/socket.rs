@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use ivsmc_proto::failpoint::reached;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::file::{self, Access, FileIdentity};
 use ivsmc_shm::{errno, lock, net, thread};
@@ -58,9 +59,11 @@ impl Socket {
         };
         // Only one of several servers that start at once may judge and replace what is there.
         let _turn = Turn::take(path)?;
+        reached("socket.turn_taken");
         remove_stale(path)?;
         let listener = net::unix_listen(path, BACKLOG).map_err(os)?;
         let named = NamedSocket(path);
+        reached("socket.bound");
         if group.is_some() {
             std::os::unix::fs::chown(path, None, group)
                 .map_err(|error| format!("cannot give it to that group: {error}"))?;
@@ -92,6 +95,7 @@ impl Drop for Socket {
             && identity(&self.path).is_ok_and(|found| found == self.identity)
         {
             let _ = fs::remove_file(&self.path);
+            reached("socket.removed");
         }
     }
 }
@@ -134,10 +138,15 @@ fn remove_stale(path: &Path) -> Result<(), String> {
         Probed::Listening => {
             refuse("a server is listening there already; stop it first, or take another path")
         }
-        Probed::Refused(error) if errno::is(&error, errno::ECONNREFUSED) => fs::remove_file(path)
-            .or_else(|error| {
-                refuse(&format!("a dead server's socket is there and cannot be removed: {error}"))
-            }),
+        Probed::Refused(error) if errno::is(&error, errno::ECONNREFUSED) => {
+            if let Err(error) = fs::remove_file(path) {
+                return refuse(&format!(
+                    "a dead server's socket is there and cannot be removed: {error}"
+                ));
+            }
+            reached("socket.stale_removed");
+            Ok(())
+        }
         Probed::Refused(error) => {
             refuse(&format!("cannot tell whether a server is listening there: {error}"))
         }

@@ -4,17 +4,25 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use super::process::Process;
-use super::stage::{serve, Leaves, Stage, LIVE, NONE};
-use crate::device::tests::Scratch;
 use ivsmc_proto::reclaim::Census;
 
+use super::process::Process;
+use super::roles::SIZE;
+use super::stage::{serve, Leaves, Stage, LIVE, NONE};
+use crate::device::tests::Scratch;
+
 dies_at! {
+    it_may_take_the_path: "socket.turn_taken" => begins;
+    the_dead_ones_socket_is_removed: "socket.stale_removed" => begins;
+    its_socket_has_its_name: "socket.bound" => begins;
+    its_file_is_made: "region.made" => |name| begins_at_all(name, None);
+    its_file_has_its_memory: "region.reserved" => |name| begins_at_all(name, None);
     it_has_the_lock: "marker.locked" => begins;
     it_says_that_it_marks: "marker.set" => begins;
+    its_socket_has_no_name_any_more: "socket.removed" => ends;
     it_no_longer_says_so: "marker.cleared" => ends;
     it_says_how_many_ids_are_given: "ids.set" => |name| {
-        begins_on_an_empty_file(name);
+        begins_at_all(name, Some(SIZE));
         is_joined(name, 1);
     };
     it_has_sent_a_message: "server.sent" => |name| {
@@ -41,7 +49,7 @@ fn start(directory: &Path, at: Option<(&str, usize)>) -> Process {
 /// An ivshmem server with clients that stream, to die at `name` once it is armed.
 fn served(name: &str) -> (Process, Stage) {
     let scratch = Scratch::new();
-    scratch.file("region", 16 << 20);
+    scratch.file("region", SIZE);
     let mut server = start(scratch.path(), Some((name, 0)));
     server.hear("serving");
     let device = format!("host:{}", socket(&scratch).display());
@@ -51,8 +59,9 @@ fn served(name: &str) -> (Process, Stage) {
 /// The next one serves, who comes now streams with those of before, and nothing is left.
 fn goes_on(stage: Stage) {
     stage.neighbour_goes_on();
-    let (socket, region) = (socket(stage.scratch()), stage.path());
-    stage.heals_by(serve(socket, region));
+    let served = serve(socket(stage.scratch()), stage.path());
+    assert!(!stage.scratch().path().join("ivs.sock.lock").exists());
+    stage.heals_by(served);
 }
 
 /// The second of three dies when it begins.
@@ -63,9 +72,12 @@ fn begins(name: &str) {
     goes_on(stage);
 }
 
-fn begins_on_an_empty_file(name: &str) {
+/// The first of all dies when it begins, on a file of this size.
+fn begins_at_all(name: &str, size: Option<u64>) {
     let scratch = Scratch::new();
-    scratch.file("region", 16 << 20);
+    if let Some(size) = size {
+        scratch.file("region", size);
+    }
     start(scratch.path(), Some((name, 1))).dies_at(name);
     let (served, device) = super::stage::host(&scratch);
     Stage::with(scratch, device).heals_by(served);

@@ -205,19 +205,21 @@ fn open_or_make(path: &Path, size: Option<u64>) -> Result<(Fd, u64)> {
                     }
                     _ => refuse(format!("cannot make it: {error}")),
                 })?;
+            reached("region.made");
             if let Err(error) =
                 judge_file_system(&fd, &name).and_then(|()| reserve(&fd, size, &name))
             {
                 let _ = file::unlink(path);
                 return Err(error);
             }
+            reached("region.reserved");
             Ok((fd, size))
         }
         Err(error) => Err(refuse(format!("cannot open it: {error}"))),
     }
 }
 
-/// The size of a file that was there.
+/// The size of a file that was there, or is to be given to it.
 fn judge_file(fd: &Fd, size: Option<u64>, name: &str) -> Result<u64> {
     let status =
         file::status(fd).map_err(|error| refusal(name, format!("cannot look at it: {error}")))?;
@@ -225,17 +227,21 @@ fn judge_file(fd: &Fd, size: Option<u64>, name: &str) -> Result<u64> {
         return Err(refusal(name, "it is not a regular file".into()));
     }
     judge_file_system(fd, name)?;
-    judge_size(name, status.size)?;
+    let found = match (status.size, size) {
+        // Made by an ivshmem server that was killed before it gave it a size: nobody uses it.
+        (0, Some(size)) => size,
+        (found, _) => found,
+    };
+    judge_size(name, found)?;
     match size {
-        Some(size) if size != status.size => Err(refusal(
+        Some(size) if size != found => Err(refusal(
             name,
             format!(
-                "it has {} bytes, not {size}; others may use it, so its size is not changed: \
-                 leave the size out, or remove the file",
-                status.size
+                "it has {found} bytes, not {size}; others may use it, so its size is not changed: \
+                 leave the size out, or remove the file"
             ),
         )),
-        _ => Ok(status.size),
+        _ => Ok(found),
     }
 }
 
