@@ -13,9 +13,6 @@ use super::Socket;
 /// When to accept again after even refusing was not possible.
 const RESUME: Duration = Duration::from_secs(1);
 
-/// Connections accepted before others get a turn.
-const ACCEPTS: usize = 64;
-
 /// Accepts from a [`Socket`] that an [`Epoll`] watches.
 #[derive(Debug)]
 pub(super) struct Admission {
@@ -33,9 +30,7 @@ enum Arrival {
     Newcomer(Fd),
     /// One was refused for this reason.
     TurnedAway(String),
-    /// One has come and gone; there may be more.
-    Gone,
-    /// Nobody waits.
+    /// Nobody waits, or one that does is found at the next look.
     Nobody,
     /// Nobody is accepted for a while, for this reason.
     Paused(String),
@@ -48,22 +43,22 @@ impl Admission {
         Ok(Self { key, spare: Some(EventFd::new()?), resume: None })
     }
 
-    /// Has `meet` take those in who wait, or be told why one was turned away. Why nobody is accepted for
-    /// a while, if so.
+    /// Has `meet` take the next one in who waits, or be told why it was turned away. Why nobody is
+    /// accepted for a while, if so.
+    ///
+    /// One at a time: who has left meanwhile leaves its place to the one after, so that somebody who comes
+    /// and goes as fast as it can does not take one place after the other.
     pub(super) fn accept(
         &mut self,
         socket: &Socket,
         epoll: &Epoll,
-        mut meet: impl FnMut(Result<Fd, String>),
+        meet: impl FnOnce(Result<Fd, String>),
     ) -> Option<String> {
-        for _ in 0..ACCEPTS {
-            match self.next(socket, epoll) {
-                Arrival::Newcomer(newcomer) => meet(Ok(newcomer)),
-                Arrival::TurnedAway(reason) => meet(Err(reason)),
-                Arrival::Gone => {}
-                Arrival::Nobody => return None,
-                Arrival::Paused(reason) => return Some(reason),
-            }
+        match self.next(socket, epoll) {
+            Arrival::Newcomer(newcomer) => meet(Ok(newcomer)),
+            Arrival::TurnedAway(reason) => meet(Err(reason)),
+            Arrival::Nobody => {}
+            Arrival::Paused(reason) => return Some(reason),
         }
         None
     }
@@ -78,8 +73,7 @@ impl Admission {
             Err(error) => error,
         };
         match error.raw_os_error() {
-            Some(errno::EAGAIN) => Arrival::Nobody,
-            Some(errno::EINTR | errno::ECONNABORTED) => Arrival::Gone,
+            Some(errno::EAGAIN | errno::EINTR | errno::ECONNABORTED) => Arrival::Nobody,
             Some(errno::EMFILE | errno::ENFILE) => match self.turn_away(socket) {
                 Ok(true) => Arrival::TurnedAway(descriptors_ended(&error)),
                 Ok(false) => Arrival::Nobody,

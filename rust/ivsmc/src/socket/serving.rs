@@ -19,6 +19,9 @@ const LISTENER: u64 = 1;
 /// Those of a [`Daemon`]'s own descriptors are from here on.
 pub(crate) const FIRST_KEY: u64 = 2;
 
+/// Newcomers that are taken in, one after the other, though the time to serve is over.
+const LAST_TURNS: u32 = 64;
+
 /// An ivshmem server or an agent: what there is to do when its [`Serving`] has something ready.
 pub(crate) trait Daemon {
     /// What it tells its caller.
@@ -116,6 +119,7 @@ impl Serving {
         let deadline = time.deadline();
         let mut ready = [EpollEvent::default(); 64];
         let mut events = Vec::new();
+        let mut last_turns = 0..LAST_TURNS;
         loop {
             if host.handles_signals() {
                 // One that came while an event was told, for instance.
@@ -137,10 +141,12 @@ impl Serving {
             };
             let is_ready = |key| ready.iter().any(|event| event.key() == key);
             daemon.turn(ready.iter().filter(|event| event.key() >= FIRST_KEY), &mut events);
+            let mut has_met = false;
             // After the leavers, whose slots, vectors, ids and descriptors may be needed.
             if admission.resume(&self.socket, &self.epoll, Instant::now()) || is_ready(LISTENER) {
                 let paused = admission.accept(&self.socket, &self.epoll, |arrived| {
                     daemon.meet(arrived, &mut events);
+                    has_met = true;
                 });
                 events.extend(paused.map(D::paused));
             }
@@ -150,7 +156,8 @@ impl Serving {
                 let _ = self.stop.drain();
             }
             events.drain(..).for_each(&mut on_event);
-            if stopped || left == Some(Duration::ZERO) {
+            let is_over = left == Some(Duration::ZERO);
+            if stopped || is_over && (!has_met || last_turns.next().is_none()) {
                 return Ok(());
             }
         }

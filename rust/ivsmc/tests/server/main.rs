@@ -145,6 +145,21 @@ fn who_left_by_itself_rings_nobody() {
 }
 
 #[test]
+fn who_comes_and_goes_before_it_is_taken_in_leaves_its_id_to_the_next() {
+    let scratch = Scratch::new();
+    let server = Server::new(scratch.options()).unwrap();
+    // All wait when it begins to serve; none but the last does when it is taken in.
+    (0..5).for_each(|_| drop(Client::connect(server.path())));
+    let mut last = Client::connect(server.path());
+    // What there is to do is more than one newcomer.
+    server.serve_for(Timeout::NonBlocking, &Plain, |_| ()).unwrap();
+    assert_eq!(server.status().unwrap().joined, 6);
+    let _served = Served::run(Arc::new(server));
+    last.read_until(|client| client.own.len() == 1);
+    assert_eq!(last.id, 0);
+}
+
+#[test]
 fn rolling_ids_rest_as_long_as_they_can() {
     let scratch = Scratch::new();
     let served = Served::start(ServerOptions { ids: IdOrder::Rolling, ..scratch.options() });
