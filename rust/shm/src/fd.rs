@@ -39,6 +39,18 @@ impl Fd {
         Ok(Fd { number: raw, generation: fork::generation() })
     }
 
+    /// Takes over the descriptor `raw` that this process was started with; programs that it starts
+    /// do not get it.
+    ///
+    /// # Errors
+    /// As [`Fd::adopt`].
+    pub fn inherit(raw: RawFd) -> io::Result<Fd> {
+        let fd = Fd::adopt(raw)?;
+        // SAFETY: F_SETFD takes a number.
+        call::check(unsafe { libc::fcntl(raw, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+        Ok(fd)
+    }
+
     /// Whether it was opened in this process, and not in one that this process was forked from.
     #[inline]
     #[must_use]
@@ -170,6 +182,18 @@ mod tests {
         assert!(is_open(owned.as_raw_fd()));
         let again = Fd::from(owned);
         assert!(Fd::adopt(again.as_raw_fd()).is_err());
+    }
+
+    #[test]
+    fn what_is_inherited_is_not_passed_on() {
+        let number = file::memfd(c"inherited").unwrap().into_raw();
+        // SAFETY: F_SETFD and F_GETFD take numbers.
+        let flags = |fd| unsafe { libc::fcntl(fd, libc::F_GETFD) };
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::fcntl(number, libc::F_SETFD, 0) }, 0);
+        let fd = Fd::inherit(number).unwrap();
+        assert_eq!(flags(fd.as_raw_fd()), libc::FD_CLOEXEC);
+        assert!(Fd::inherit(number).is_err());
     }
 
     #[test]

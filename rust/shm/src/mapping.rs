@@ -130,9 +130,9 @@ impl Mapping {
         unsafe { AtomicU64::from_ptr(self.pages.base().as_ptr().add(native(at)).cast()) }
     }
 
-    /// The start of `at..at + length`.
+    /// The start of `at..at + length`: readable and writable while `self` lives.
     #[inline]
-    fn bytes(&self, at: u64, length: usize) -> *mut u8 {
+    pub(crate) fn bytes(&self, at: u64, length: usize) -> *mut u8 {
         if at > self.len || length as u64 > self.len - at {
             bad_bytes(at, length, self.len);
         }

@@ -6,6 +6,7 @@
 mod address;
 mod interfaces;
 mod options;
+mod receipt;
 mod tcp;
 mod transfer;
 mod unix;
@@ -14,6 +15,7 @@ pub use interfaces::{
     address_watch, close_kept_sockets, drain_address_watch, interface_addresses, source_address,
 };
 pub use options::*;
+pub use receipt::{send_with_receipt, RECEIPT_BYTES, RECEIPT_COUNT};
 pub use tcp::{accept, bind, connect, listen, local_addr, peer_addr, shutdown, tcp_socket, Family};
 pub use transfer::{
     recv, recv_bytes, recv_vectored, send, send_vectored, MSG_DONTWAIT, MSG_OOB, MSG_PEEK,
@@ -21,7 +23,7 @@ pub use transfer::{
 };
 pub use unix::{
     peer_credentials, peer_groups, recv_with_fd, send_with_fd, socketpair_stream, unix_accept,
-    unix_connect, unix_connect_nonblocking, unix_listen, Credentials, Passed,
+    unix_connect, unix_connect_nonblocking, unix_datagram_to, unix_listen, Credentials, Passed,
 };
 
 #[cfg(test)]

@@ -39,6 +39,16 @@ impl RawAddress {
         raw
     }
 
+    /// The same without its last `unused` bytes, where the length says where a name ends.
+    pub(super) fn shortened(mut self, unused: usize) -> RawAddress {
+        // Not truncated: an address has fewer bytes than the storage.
+        #[allow(clippy::cast_possible_truncation)]
+        {
+            self.length = self.length.saturating_sub(unused as libc::socklen_t);
+        }
+        self
+    }
+
     pub(super) fn as_ptr(&self) -> *const libc::sockaddr {
         (&raw const self.storage).cast()
     }

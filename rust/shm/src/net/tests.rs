@@ -277,3 +277,29 @@ fn send_many(fd: &Fd, passed: &Fd, count: usize) {
         assert_eq!(libc::sendmsg(fd.as_raw_fd(), &raw const message, 0), 1);
     }
 }
+
+#[test]
+fn datagrams_reach_a_path_and_a_name_beside_the_file_system() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+    let name = format!("ivsmc-datagram-{}", std::process::id());
+    let path = std::env::temp_dir().join(&name);
+    let at_path = UnixDatagram::bind(&path).unwrap();
+    let aside = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    let targets = [(at_path, path.clone().into_os_string()), (aside, format!("@{name}").into())];
+    for (socket, target) in targets {
+        let sender = unix_datagram_to(&target).unwrap();
+        send_with_fd(&sender, b"READY=1", Some(sender.as_fd())).unwrap();
+        let mut bytes = [0; 16];
+        let (length, passed) = recv_with_fd(&socket, &mut bytes, 0).unwrap();
+        assert_eq!((&bytes[..length], passed.one().is_some()), (&b"READY=1"[..], true));
+        drop(socket);
+        assert!(send_with_fd(&sender, b"?", None).is_err());
+        assert!(unix_datagram_to(&target).is_err());
+    }
+    for wrong in [String::from("@"), format!("@{}", "x".repeat(108)), String::new()] {
+        assert_eq!(unix_datagram_to(wrong.as_ref()).unwrap_err().kind(), ErrorKind::InvalidInput);
+    }
+    std::fs::remove_file(path).unwrap();
+}

@@ -1,5 +1,6 @@
 //! AF_UNIX stream sockets, and descriptors sent over them.
 
+use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -70,6 +71,21 @@ pub fn unix_connect_nonblocking(path: &Path) -> io::Result<Fd> {
     Ok(fd)
 }
 
+/// A datagram socket whose messages go to that of the name `name`, as `$NOTIFY_SOCKET` has it: a
+/// path, or `@` and a name that is none of the file system's.
+///
+/// # Errors
+/// `InvalidInput` for a name of more than 107 bytes; those of `connect`.
+pub fn unix_datagram_to(name: &OsStr) -> io::Result<Fd> {
+    let fd = socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0)?;
+    let address = match name.as_bytes() {
+        [b'@', name @ ..] => abstract_address(name)?,
+        _ => unix_address(Path::new(name))?,
+    };
+    connect_raw(&fd, &address)?;
+    Ok(fd)
+}
+
 /// Takes the next connection, as a blocking socket.
 ///
 /// # Errors
@@ -92,6 +108,19 @@ fn unix_address(path: &Path) -> io::Result<RawAddress> {
         *to = *from as libc::c_char;
     }
     Ok(address.into())
+}
+
+/// The address of a name that is none of the file system's: a zero byte and the name, without an end.
+fn abstract_address(name: &[u8]) -> io::Result<RawAddress> {
+    let mut address = libc::sockaddr_un { sun_family: family(libc::AF_UNIX), sun_path: [0; 108] };
+    if name.is_empty() || name.len() >= address.sun_path.len() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "such a name has 1 to 107 bytes"));
+    }
+    for (to, from) in address.sun_path[1..].iter_mut().zip(name) {
+        *to = *from as libc::c_char;
+    }
+    let unused = address.sun_path.len() - 1 - name.len();
+    Ok(RawAddress::from(address).shortened(unused))
 }
 
 /// Who is at the other end of a connected AF_UNIX socket.
@@ -130,11 +159,35 @@ pub fn peer_groups(fd: impl AsFd) -> io::Result<Vec<u32>> {
     Err(io::Error::from_raw_os_error(libc::ERANGE))
 }
 
-/// Control data: room for one header and `N` descriptors' bytes, aligned as the header needs.
+/// Control data: room for one header and some descriptors' bytes, aligned as the header needs.
 #[repr(C)]
-union Control {
+pub(super) union Control {
     header: libc::cmsghdr,
     bytes: [u8; 64],
+}
+
+impl Control {
+    pub(super) const fn new() -> Control {
+        Control { bytes: [0; 64] }
+    }
+
+    /// Has `message` carry `passed`. It points to `self` then, which must not be moved or used
+    /// before it has been sent.
+    pub(super) fn enclose(&mut self, message: &mut libc::msghdr, passed: BorrowedFd<'_>) {
+        message.msg_control = (&raw mut *self).cast();
+        message.msg_controllen = ONE_FD_SPACE as _;
+        // SAFETY: CMSG_FIRSTHDR reads the message and gives a pointer to its control data, or null
+        // if that is too short for a header, which it is not. The header and the descriptor behind
+        // it lie in the `ONE_FD_SPACE` bytes of `self`, as asserted, whose alignment is the
+        // header's; the descriptor is written unaligned.
+        unsafe {
+            let header = libc::CMSG_FIRSTHDR(&raw const *message);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = libc::CMSG_LEN(socklen_of::<RawFd>()) as _;
+            libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(passed.as_raw_fd());
+        }
+    }
 }
 
 /// Bytes of control data that carry one descriptor.
@@ -152,25 +205,13 @@ pub fn send_with_fd(
     from: &[u8],
     passed: Option<BorrowedFd<'_>>,
 ) -> io::Result<usize> {
-    let mut control = Control { bytes: [0; 64] };
+    let mut control = Control::new();
     let mut part = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let mut message = empty_message();
     message.msg_iov = &raw mut part;
     message.msg_iovlen = 1;
     if let Some(passed) = passed {
-        message.msg_control = (&raw mut control).cast();
-        message.msg_controllen = ONE_FD_SPACE as _;
-        // SAFETY: CMSG_FIRSTHDR reads the message and gives a pointer to its control data, or null
-        // if that is too short for a header, which it is not. The header and the descriptor behind
-        // it lie in the `ONE_FD_SPACE` bytes of `control`, as asserted, whose alignment is the
-        // header's; the descriptor is written unaligned.
-        unsafe {
-            let header = libc::CMSG_FIRSTHDR(&raw const message);
-            (*header).cmsg_level = libc::SOL_SOCKET;
-            (*header).cmsg_type = libc::SCM_RIGHTS;
-            (*header).cmsg_len = libc::CMSG_LEN(socklen_of::<RawFd>()) as _;
-            libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(passed.as_raw_fd());
-        }
+        control.enclose(&mut message, passed);
     }
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     // SAFETY: sendmsg reads the buffer (a borrowed slice) and the control data (a local), both
