@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,8 @@ pub(crate) struct Socket {
     listener: Fd,
     path: PathBuf,
     identity: FileIdentity,
+    /// Somebody else has the listener, too, and the name is to stay.
+    is_left: AtomicBool,
 }
 
 impl Socket {
@@ -74,7 +77,37 @@ impl Socket {
         while net::unix_accept(&listener).is_ok() {}
         let identity = identity(path).map_err(os)?;
         named.keep();
-        Ok(Self { listener, path: path.to_owned(), identity })
+        Ok(Self { listener, path: path.to_owned(), identity, is_left: AtomicBool::new(false) })
+    }
+
+    /// Goes on listening with `listener`, which was bound to `path`, if its name still is there:
+    /// `identity` then. It is [left](Socket::set_left) at first.
+    pub(crate) fn resume(listener: Fd, path: &Path, identity: FileIdentity) -> Option<Self> {
+        let is_there = self::identity(path).is_ok_and(|found| found == identity);
+        is_there.then(|| Self {
+            listener,
+            path: path.to_owned(),
+            identity,
+            is_left: AtomicBool::new(true),
+        })
+    }
+
+    /// Sets who may connect, anew.
+    pub(crate) fn set_access(&self, mode: u32, group: Option<u32>) -> io::Result<()> {
+        if group.is_some() {
+            std::os::unix::fs::chown(&self.path, None, group)?;
+        }
+        fs::set_permissions(&self.path, Permissions::from_mode(mode))
+    }
+
+    /// Whether its name stays when this is dropped: somebody else has the listener.
+    pub(crate) fn set_left(&self, is_left: bool) {
+        self.is_left.store(is_left, Ordering::Relaxed);
+    }
+
+    /// Which file its name is.
+    pub(crate) fn identity(&self) -> FileIdentity {
+        self.identity
     }
 
     /// The next connection; `WouldBlock` if nobody waits.
@@ -92,6 +125,7 @@ impl Drop for Socket {
     fn drop(&mut self) {
         // While it still listens nobody replaces it, so nothing can come between.
         if self.listener.is_current()
+            && !*self.is_left.get_mut()
             && identity(&self.path).is_ok_and(|found| found == self.identity)
         {
             let _ = fs::remove_file(&self.path);

@@ -11,6 +11,7 @@ use ivsmc_proto::agent::AgentMessage;
 use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::slot::SlotRef;
 use ivsmc_shm::fd::Fd;
+use ivsmc_shm::net;
 use ivsmc_shm::poll::EventFd;
 
 use super::status::Who;
@@ -60,7 +61,7 @@ impl Client {
                 Enclosed::Device => device,
                 Enclosed::EventFd(eventfd) => eventfd.as_fd(),
             });
-            match send(&self.socket, &letter.rest, enclosed) {
+            match send(|| net::send_with_fd(&self.socket, &letter.rest, enclosed)) {
                 Ok(sent) => {
                     reached("agent.sent");
                     letter.enclosed = None;

@@ -13,6 +13,7 @@ use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, Credentials};
 use ivsmc_shm::poll::EventFd;
 
+use super::ledger::Ledger;
 use super::outbox::Outbox;
 use crate::socket::{send, Flushed};
 
@@ -37,9 +38,17 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// Sends what may be sent now.
-    pub(super) fn flush(&mut self, region: BorrowedFd<'_>, eventfds: &EventFds) -> Flushed {
-        while let Some(message) = self.outbox.next() {
+    /// Sends the client `id` what may be sent now, noted in `ledger`.
+    pub(super) fn flush(
+        &mut self,
+        id: u16,
+        region: BorrowedFd<'_>,
+        eventfds: &EventFds,
+        ledger: &Ledger,
+    ) -> Flushed {
+        let vectors = ledger.head().vectors;
+        while let Some(step) = self.outbox.next() {
+            let Some(message) = step.message(id, vectors) else { break };
             if self.outbox.is_window_full() {
                 if !self.has_read_all() {
                     return Flushed::Done;
@@ -57,9 +66,13 @@ impl Client {
                         .map(EventFd::as_fd)
                 }
             };
-            match send(&self.socket, &message.to_bytes(), descriptor) {
-                Ok(_) => {
+            let bytes = message.to_bytes();
+            let (receipts, at) = ledger.receipt(id);
+            ledger.sending(id, step);
+            match send(|| net::send_with_receipt(&self.socket, &bytes, descriptor, receipts, at)) {
+                Ok(()) => {
                     reached("server.sent");
+                    ledger.sent(id, step);
                     self.outbox.sent();
                 }
                 Err(flushed) => {

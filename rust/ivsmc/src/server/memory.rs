@@ -13,6 +13,7 @@ use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ivsmc_proto::failpoint::reached;
 use ivsmc_proto::region::Region;
@@ -53,9 +54,12 @@ pub(super) struct Memory {
     /// Mapped through an open file of the ivshmem server's own: no client shares its lock.
     region: Region<Mapping>,
     instance: NonZeroU64,
+    /// Somebody else has the lock, too, and the marking server is to be believed in.
+    is_left: AtomicBool,
 }
 
 impl Memory {
+    /// The region of an ivshmem server that begins.
     pub(super) fn new(backing: &Backing) -> Result<Self> {
         let (own, size, name) = match backing {
             Backing::Memfd { size } => (memfd(*size)?, *size, "memory".to_owned()),
@@ -92,7 +96,55 @@ impl Memory {
         let shared =
             reopen(region.memory().fd()).map_err(|error| refuse("cannot open it again", error))?;
         region.set_marking_server(instance);
-        Ok(Self { first_id: region.ids_given(), shared, region, instance })
+        let is_left = AtomicBool::new(false);
+        Ok(Self { first_id: region.ids_given(), shared, region, instance, is_left })
+    }
+
+    /// That of one that goes on, through the open file `own` which has the lock; it is [left] at first.
+    ///
+    /// [left]: Memory::set_left
+    pub(super) fn resume(own: Fd, first_id: u32, instance: u64) -> Result<Self> {
+        let name = "what was kept";
+        let refuse = |what: &str, error: io::Error| refusal(name, format!("{what}: {error}"));
+        let size = file::status(&own).map_err(|error| refuse("cannot look at it", error))?.size;
+        let mapping = Mapping::map(own, size).map_err(|error| refuse("cannot map it", error))?;
+        // It has a uuid.
+        let region = Region::attach(mapping, 1)
+            .map_err(|error| Error::region(spec(name), error.to_string()))?;
+        let at = region.marking_server_offset();
+        if !lock::try_lock_byte(region.memory().fd(), at)
+            .map_err(|error| refuse("cannot lock it", error))?
+        {
+            return Err(refusal(name, "another ivshmem server hands it out meanwhile".into()));
+        }
+        let shared =
+            reopen(region.memory().fd()).map_err(|error| refuse("cannot open it again", error))?;
+        let instance = NonZeroU64::new(instance).unwrap_or(NonZeroU64::MAX);
+        region.set_marking_server(instance);
+        Ok(Self { first_id, shared, region, instance, is_left: AtomicBool::new(true) })
+    }
+
+    /// Whether its words stay when this is dropped: somebody else has the lock, and a successor follows.
+    pub(super) fn set_left(&self, is_left: bool) {
+        self.is_left.store(is_left, Ordering::Relaxed);
+    }
+
+    /// The open file with the lock.
+    pub(super) fn own(&self) -> BorrowedFd<'_> {
+        self.region.memory().fd()
+    }
+
+    /// Stands in the region while this ivshmem server is there.
+    pub(super) fn instance(&self) -> u64 {
+        self.instance.get()
+    }
+
+    /// The file that the region is; absent for a memfd.
+    pub(super) fn path(&self) -> Option<PathBuf> {
+        let fd = self.own().as_raw_fd();
+        let path = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
+        let is_memfd = path.as_os_str().as_encoded_bytes().starts_with(b"/memfd:");
+        (!is_memfd).then_some(path)
     }
 
     /// Ids below this one may be those of clients of an earlier ivshmem server on the same file.
@@ -166,8 +218,10 @@ fn begin_anew(region: &Region<Mapping>) {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // In a forked child these are private zero pages.
-        self.region.clear_marking_server(self.instance);
+        if !*self.is_left.get_mut() {
+            // In a forked child these are private zero pages.
+            self.region.clear_marking_server(self.instance);
+        }
     }
 }
 

@@ -17,6 +17,10 @@
 //!   that the id came back (`ids.rs`). That is where it departs from QEMU's specification.
 //! * **Memory is there.** The region is reserved whole; a memfd is sealed, so that no client can
 //!   take it away from under another.
+//! * **It survives its own end**, where somebody keeps its descriptors ([`Holder`]): the next one goes on
+//!   with the same region, ids, eventfds and connections. Whatever it does is noted first (`ledger.rs`), so
+//!   that it may be killed between any two steps. A connection is lost only if it is killed just
+//!   between accepting it and having it kept, when its client has been told nothing.
 //!
 //! ```text
 //!   clients --connect--> Socket --accept--> Client --Outbox--> version, id, region, vectors ...
@@ -25,28 +29,47 @@
 //! ```
 //!
 //! One thread, the caller's of [`Server::serve`], does all of it.
+//!
+//! | step | a kill after it leaves | and the next one |
+//! | --- | --- | --- |
+//! | accept a newcomer | a connection that ends | (a `host:` client connects again) |
+//! | have its connection kept | one that is in no entry of the ledger | takes it in |
+//! | have the eventfds of its id kept | some or all of them | completes them |
+//! | say in the region that the id is given | an id that was not | gives it |
+//! | its entry in the ledger | a client that was told nothing | tells it, and the others |
+//! | a message | the message and the note of it (`ledger.rs`), or neither | goes on behind it |
+//! | a client ends: its slots are dead, others notified | an ended connection | does it again |
+//! | its entry is taken out of the ledger | a connection of nobody, ended | has it kept no longer |
 
 mod client;
+mod holder;
 mod ids;
+mod ledger;
+mod membership;
 mod memory;
 mod options;
 mod outbox;
+mod start;
+mod state;
 mod status;
 mod turn;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use self::client::{Client, EventFds};
+use self::holder::Name;
 use self::ids::Ids;
 use self::memory::Memory;
-use crate::device::Kind;
+use self::start::Start;
+use self::state::State;
 use crate::host::{Host, Timeout};
 use crate::reactor::lock;
-use crate::socket::{Retry, Serving, Socket, Stop};
+use crate::socket::{Retry, Serving, Stop};
 use crate::Result;
 
+pub use self::holder::Holder;
 pub use self::ids::IdOrder;
 pub use self::memory::Backing;
 pub use self::options::ServerOptions;
@@ -55,28 +78,16 @@ pub use self::status::{ClientStatus, Event, Status};
 /// An ivshmem server: listening, and handing out its region while [`Server::serve`] runs.
 ///
 /// Dropping it ends it: the socket's name goes, clients see the end of their connections and keep
-/// the region and each other. In a forked child it does nothing.
+/// the region and each other; unless it was [left to its holder](Server::leave_to_holder). In a forked
+/// child it does nothing.
 #[derive(Debug)]
 pub struct Server {
     options: ServerOptions,
     serving: Serving,
     memory: Memory,
     state: Mutex<State>,
-}
-
-/// What changes while serving.
-#[derive(Debug)]
-struct State {
-    clients: BTreeMap<u16, Client>,
-    /// Of those ids, and of all that were given out before.
-    eventfds: EventFds,
-    ids: Ids,
-    /// From 1. The key of a client in the epoll is `serial << 16 | id`, so of no other descriptor.
-    next_serial: u64,
-    retry: Retry,
-    joined: u64,
-    left: u64,
-    refused: u64,
+    /// A successor goes on.
+    is_left: AtomicBool,
 }
 
 /// Ends [`Server::serve`], from any thread.
@@ -97,26 +108,53 @@ impl Server {
     /// [`crate::Error::ApiMisuse`] for options that cannot be; [`crate::Error::Device`] if the path or the
     /// memory cannot be had, [`crate::Error::Region`] if the file holds something else.
     pub fn new(options: ServerOptions) -> Result<Self> {
+        Self::start(options, None)
+    }
+
+    /// As [`Server::new`], and has `holder` keep what a successor needs. If it holds what an ivshmem
+    /// server before this one left, goes on with that: whatever in `options` is different cannot be
+    /// taken then ([`Event::Unlike`]), but for who may join.
+    ///
+    /// # Errors
+    /// Those of [`Server::new`]; [`crate::Error::Os`] if the holder does not do its part.
+    pub fn held_by(options: ServerOptions, holder: Holder) -> Result<Self> {
+        Self::start(options, Some(holder))
+    }
+
+    fn start(mut options: ServerOptions, holder: Option<Holder>) -> Result<Self> {
         options.judge()?;
-        // The socket first: of the two it is the one that is often refused, and leaves nothing.
-        let socket = Socket::bind(Kind::Host, &options.path, options.mode, options.group)?;
-        let memory = Memory::new(&options.backing)?;
-        let ids = Ids::new(options.ids, memory.first_id());
-        Ok(Self {
+        let mut start = Start::new(&mut options, holder)?;
+        let eventfds = start.complete_eventfds(options.vectors)?;
+        let Start { socket, memory, ledger, holder, clients, lost, newcomers, events, .. } = start;
+        let (next_serial, is_resumed) = (start.last_serial + 1, start.is_resumed);
+        let server = Self {
             serving: Serving::new(socket)?,
-            memory,
             state: Mutex::new(State {
                 clients: BTreeMap::new(),
-                eventfds: EventFds::new(),
-                ids,
-                next_serial: 1,
+                eventfds,
+                begun: BTreeMap::new(),
+                ids: Ids::new(options.ids, memory.first_id()),
+                lost,
+                ledger,
+                holder,
+                newcomers,
+                next_serial,
+                events,
                 retry: Retry::default(),
                 joined: 0,
                 left: 0,
                 refused: 0,
             }),
+            memory,
+            is_left: AtomicBool::new(is_resumed),
             options,
-        })
+        };
+        server.resume(clients)?;
+        if let Some(holder) = &lock(&server.state).holder {
+            holder.ready()?;
+        }
+        server.set_left(false);
+        Ok(server)
     }
 
     /// Ends [`Server::serve`] from elsewhere.
@@ -154,6 +192,25 @@ impl Server {
         self.serving.run(self, time, host, on_event)
     }
 
+    /// From now on its drop ends nothing: a successor goes on with what the holder keeps. False if
+    /// there is no holder.
+    pub fn leave_to_holder(&self) -> bool {
+        let state = lock(&self.state);
+        if state.holder.as_ref().is_none_or(|holder| holder.stopping().is_err()) {
+            return false;
+        }
+        self.set_left(true);
+        true
+    }
+
+    /// Whether its drop ends nothing. So it is until it has started where one before it was broken off:
+    /// if it cannot, the next attempt finds everything as it was.
+    fn set_left(&self, is_left: bool) {
+        self.serving.socket().set_left(is_left);
+        self.memory.set_left(is_left);
+        self.is_left.store(is_left, Ordering::Relaxed);
+    }
+
     /// What there is now.
     ///
     /// # Errors
@@ -162,8 +219,12 @@ impl Server {
         self.serving.judge_process()?;
         let state = lock(&self.state);
         let region = self.memory.region();
-        let held: BTreeSet<u16> =
-            self.memory.named_ids().filter(|id| !state.clients.contains_key(id)).collect();
+        let held: BTreeSet<u16> = self
+            .memory
+            .named_ids()
+            .chain(state.lost.iter().copied())
+            .filter(|id| !state.clients.contains_key(id))
+            .collect();
         Ok(Status {
             path: self.path().to_owned(),
             file: match &self.options.backing {
@@ -189,5 +250,29 @@ impl Server {
             left: state.left,
             refused: state.refused,
         })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.serving.judge_process().is_err() || *self.is_left.get_mut() {
+            return;
+        }
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(holder) = &mut state.holder else { return };
+        let vectors = state.eventfds.iter().chain(&state.begun).flat_map(|(&id, all)| {
+            (0..).zip(all).map(move |(vector, _)| Name::Vector { id, vector })
+        });
+        // The ledger first: without it nobody goes on with the rest.
+        let names = [Name::Ledger, Name::Memory, Name::Listener]
+            .into_iter()
+            .chain(state.clients.values().map(|client| Name::Client { serial: client.serial }))
+            .chain(state.newcomers.iter().map(|&(serial, _)| Name::Client { serial }))
+            .chain(vectors);
+        for name in names {
+            if holder.drop(name).is_err() {
+                return;
+            }
+        }
     }
 }

@@ -14,11 +14,50 @@ const MAX_WINDOW: u16 = 4;
 
 /// One entry of the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Note {
-    /// A single message.
-    Say(ServerMessage),
+pub(super) enum Note {
+    /// The protocol's version.
+    Version,
+    /// The client's own id.
+    OwnId,
+    /// The shared memory.
+    Region,
     /// The eventfds of this id, one message each; of the client itself: those to receive on.
     Vectors(u16),
+}
+
+/// One message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    pub(super) note: Note,
+    /// Of a note of several messages, which; else 0.
+    pub(super) vector: u16,
+}
+
+impl Step {
+    /// What must follow, if something must.
+    pub(super) fn next(self, vectors: u16) -> Option<Step> {
+        let first = |note| Some(Step { note, vector: 0 });
+        match self.note {
+            Note::Version => first(Note::OwnId),
+            Note::OwnId => first(Note::Region),
+            Note::Region => None,
+            Note::Vectors(_) => {
+                let vector = self.vector + 1;
+                (vector < vectors).then_some(Step { vector, ..self })
+            }
+        }
+    }
+
+    /// What the client with the id `own` is sent.
+    pub(super) fn message(self, own: u16, vectors: u16) -> Option<ServerMessage> {
+        let welcome = |index| ivshmem::welcome(own, 0, []).nth(index);
+        match self.note {
+            Note::Version => welcome(0),
+            Note::OwnId => welcome(1),
+            Note::Region => welcome(2),
+            Note::Vectors(id) => ivshmem::newcomer(id, vectors).nth(usize::from(self.vector)),
+        }
+    }
 }
 
 /// The messages for one client that are not sent yet.
@@ -38,13 +77,41 @@ pub(super) struct Outbox {
 impl Outbox {
     /// The welcome of the newcomer `own`, to whom `others` are there already.
     pub(super) fn new(own: u16, vectors: u16, others: impl Iterator<Item = u16>) -> Self {
-        let mut notes = VecDeque::new();
-        let mut known: BTreeSet<u16> = others.collect();
-        notes.extend(ivshmem::welcome(own, 0, []).map(Note::Say));
-        notes.extend(known.iter().copied().map(Note::Vectors));
-        notes.push_back(Note::Vectors(own));
-        known.insert(own);
-        Self { notes, known, vectors, next_vector: 0, unread: 0 }
+        let begin = Step { note: Note::Version, vector: 0 };
+        let mut outbox = Self::resumed(own, vectors, Some(begin), BTreeSet::new(), others);
+        outbox.unread = 0;
+        outbox
+    }
+
+    /// That of the client `own`, who must be told `next` next, knows the ids `told`, and is to know
+    /// `others`; how much of it all it has read is not known.
+    pub(super) fn resumed(
+        own: u16,
+        vectors: u16,
+        next: Option<Step>,
+        told: BTreeSet<u16>,
+        others: impl Iterator<Item = u16>,
+    ) -> Self {
+        let mut outbox = Self {
+            notes: VecDeque::new(),
+            known: told,
+            vectors,
+            next_vector: next.map_or(0, |step| step.vector),
+            unread: 0,
+        };
+        let mut begun = next;
+        while let Some(Step { note, .. }) = begun {
+            outbox.notes.push_back(note);
+            if let Note::Vectors(id) = note {
+                outbox.known.insert(id);
+                break;
+            }
+            begun = begun.and_then(|step| step.next(vectors));
+        }
+        others.filter(|&id| id != own).for_each(|id| outbox.joined(id));
+        outbox.joined(own);
+        outbox.unread = outbox.window();
+        outbox
     }
 
     /// `id` has joined.
@@ -67,13 +134,8 @@ impl Outbox {
     }
 
     /// The next message, if there is one.
-    pub(super) fn next(&self) -> Option<ServerMessage> {
-        match *self.notes.front()? {
-            Note::Say(message) => Some(message),
-            Note::Vectors(id) => {
-                ivshmem::newcomer(id, self.vectors).nth(usize::from(self.next_vector))
-            }
-        }
+    pub(super) fn next(&self) -> Option<Step> {
+        Some(Step { note: *self.notes.front()?, vector: self.next_vector })
     }
 
     /// The message [`Outbox::next`] gave has been sent.
@@ -126,10 +188,11 @@ mod tests {
     use super::*;
     use ivsmc_proto::ivshmem::Descriptor;
 
-    /// Takes all messages as `(value, vector)`; -1 for no vector, -2 for the region.
-    fn drain(outbox: &mut Outbox) -> Vec<(i64, i32)> {
+    /// Takes all messages to `own` as `(value, vector)`; -1 for no vector, -2 for the region.
+    fn drain_of(own: u16, outbox: &mut Outbox) -> Vec<(i64, i32)> {
         let mut messages = Vec::new();
-        while let Some(message) = outbox.next() {
+        while let Some(step) = outbox.next() {
+            let message = step.message(own, outbox.vectors).unwrap();
             messages.push((
                 message.value,
                 match message.descriptor {
@@ -141,6 +204,10 @@ mod tests {
             outbox.sent();
         }
         messages
+    }
+
+    fn drain(outbox: &mut Outbox) -> Vec<(i64, i32)> {
+        drain_of(7, outbox)
     }
 
     fn welcomed(own: u16, vectors: u16) -> Outbox {
@@ -210,6 +277,34 @@ mod tests {
             }
         }
         assert!(outbox.len() <= 50, "{} notes", outbox.len());
+    }
+
+    #[test]
+    fn where_it_was_broken_off_it_goes_on() {
+        // All that a client is sent while two leave and two come, broken off after each message.
+        let vectors = 2;
+        let others = || [0, 3, 9].into_iter();
+        let mut whole = Outbox::new(7, vectors, others());
+        let mut told = BTreeSet::new();
+        let mut begun = whole.next();
+        loop {
+            let resumed = &mut Outbox::resumed(7, vectors, begun, told.clone(), others());
+            let mut rest = Outbox { notes: whole.notes.clone(), known: BTreeSet::new(), ..whole };
+            assert_eq!(drain(resumed), drain(&mut rest), "{begun:?}");
+            assert_eq!(resumed.known, BTreeSet::from([0, 3, 7, 9]));
+            let Some(step) = whole.next() else { break };
+            whole.sent();
+            begun = step.next(vectors);
+            if let (Note::Vectors(id), None) = (step.note, begun) {
+                told.insert(id);
+            }
+        }
+        // One that has left while it was told is told to the end; others that left are not.
+        let half = Step { note: Note::Vectors(3), vector: 1 };
+        let told = BTreeSet::from([0, 7]);
+        let mut resumed = Outbox::resumed(7, vectors, Some(half), told, [9].into_iter());
+        assert!(resumed.is_window_full());
+        assert_eq!(drain(&mut resumed), [(3, 1), (9, 0), (9, 1)]);
     }
 
     #[test]

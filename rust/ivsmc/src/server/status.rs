@@ -33,6 +33,26 @@ pub enum Event {
         /// Why, and what mends it.
         reason: String,
     },
+    /// It goes on where one before it was broken off.
+    Resumed {
+        /// Clients that one had.
+        clients: usize,
+    },
+    /// It goes on otherwise than its options say.
+    Unlike {
+        /// In what.
+        what: String,
+    },
+    /// A client that may still be there was not kept: nobody sees its end, its id is not given again.
+    Lost {
+        /// Its id.
+        id: u16,
+    },
+    /// Nobody keeps its descriptors any more: its end would be that of its clients' connections.
+    Unheld {
+        /// Why.
+        reason: String,
+    },
 }
 
 impl fmt::Display for Event {
@@ -48,6 +68,16 @@ impl fmt::Display for Event {
             }
             Self::Refused { reason } => write!(f, "a newcomer was turned away: {reason}"),
             Self::Paused { reason } => write!(f, "nobody can join for a moment: {reason}"),
+            Self::Resumed { clients } => write!(f, "goes on, with {clients} peers as before"),
+            Self::Unlike { what } => write!(f, "{what} until it is stopped and starts anew"),
+            Self::Lost { id } => write!(
+                f,
+                "peer {id} may live, but its connection was not kept: its id is not given again \
+                 until it is stopped and starts anew"
+            ),
+            Self::Unheld { reason } => {
+                write!(f, "nobody keeps its descriptors any more, a restart loses them: {reason}")
+            }
         }
     }
 }
@@ -83,7 +113,8 @@ pub struct Status {
     /// By id.
     pub clients: Vec<ClientStatus>,
     /// Ids that are not given out because slots in the region still name them, and no client of
-    /// this ivshmem server has them: of clients of an earlier one on the same file.
+    /// this ivshmem server has them: of clients of an earlier one on the same file, or that were
+    /// not kept over a restart.
     pub held_ids: Vec<u16>,
     /// Clients that have joined since the start.
     pub joined: u64,

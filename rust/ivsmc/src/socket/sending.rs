@@ -1,10 +1,9 @@
 //! Sending to a client without ever waiting for it.
 
-use std::os::fd::BorrowedFd;
+use std::io;
 use std::time::{Duration, Instant};
 
-use ivsmc_shm::fd::Fd;
-use ivsmc_shm::{errno, net};
+use ivsmc_shm::errno;
 
 /// When to send again after the kernel had no room for reasons beyond a client.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -20,14 +19,10 @@ pub(crate) enum Flushed {
     Retry,
 }
 
-/// Sends `bytes`, and `descriptor` with the first of them: how many were sent, or why none.
-pub(crate) fn send(
-    socket: &Fd,
-    bytes: &[u8],
-    descriptor: Option<BorrowedFd<'_>>,
-) -> Result<usize, Flushed> {
+/// Sends by `attempt`, which does not wait: what that gives, or why nothing was sent.
+pub(crate) fn send<T>(mut attempt: impl FnMut() -> io::Result<T>) -> Result<T, Flushed> {
     loop {
-        let error = match net::send_with_fd(socket, bytes, descriptor) {
+        let error = match attempt() {
             Ok(sent) => return Ok(sent),
             Err(error) => error,
         };

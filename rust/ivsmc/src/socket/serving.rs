@@ -80,6 +80,11 @@ impl Serving {
         self.socket.path()
     }
 
+    /// Where clients come in.
+    pub(crate) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
     /// What watches a daemon's own descriptors.
     pub(crate) fn epoll(&self) -> &Epoll {
         &self.epoll

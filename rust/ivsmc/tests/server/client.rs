@@ -141,7 +141,11 @@ pub(crate) struct Client {
 impl Client {
     /// Connects and reads nothing.
     pub(crate) fn connect(path: &Path) -> Client {
-        let socket = UnixStream::connect(path).unwrap();
+        Client::over(UnixStream::connect(path).unwrap())
+    }
+
+    /// One that is connected by `socket`.
+    pub(crate) fn over(socket: UnixStream) -> Client {
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         Client {
             socket,

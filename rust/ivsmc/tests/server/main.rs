@@ -2,6 +2,7 @@
 
 mod client;
 mod process;
+mod restart;
 
 use std::collections::BTreeSet;
 use std::fs;
