@@ -61,9 +61,24 @@ pub(super) fn open(path: &Path) -> Result<Opened, Unusable> {
 /// [`open`] with another patience.
 pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unusable> {
     let until = Instant::now() + patience;
-    let socket = connect(path, until).map_err(|error| Unusable::device(refusal(&error)))?;
-    let mut hearing = Hearing::default();
-    let (id, region) = welcome(&socket, &mut hearing, until)?;
+    let join = || -> Result<_, Unusable> {
+        let socket = connect(path, until).map_err(|error| Unusable::device(refusal(&error)))?;
+        let mut hearing = Hearing::default();
+        let welcomed = welcome(&socket, &mut hearing, until)?;
+        Ok((socket, hearing, welcomed))
+    };
+    // An ivshmem server that was killed just when it accepted this client is back soon; one that takes
+    // no more clients says the same twice.
+    let (socket, mut hearing, welcomed) = match join()? {
+        (.., None) => join()?,
+        joined => joined,
+    };
+    let Some((id, region)) = welcomed else {
+        return Err(Unusable::device(
+            "no ivshmem server, or one that takes no more clients: it ended the connection before \
+             it sent a region",
+        ));
+    };
     hearing.await_own_vectors(&socket, until);
     let (fd, lockable) = match reopen(&region) {
         Ok(fd) => (fd, true),
@@ -118,15 +133,19 @@ fn refusal(error: &io::Error) -> String {
     }
 }
 
-/// Waits for the own id and the region.
-fn welcome(socket: &Fd, hearing: &mut Hearing, until: Instant) -> Result<(u16, Fd), Unusable> {
+/// Waits for the own id and the region; `None` if the connection ends before.
+fn welcome(
+    socket: &Fd,
+    hearing: &mut Hearing,
+    until: Instant,
+) -> Result<Option<(u16, Fd)>, Unusable> {
     let mut id = None;
     loop {
         match hearing.next(socket) {
             Ok(Heard::Event(ClientEvent::OwnId(own), _)) => id = Some(own),
             Ok(Heard::Event(ClientEvent::Region, Passed::One(fd))) => {
                 if let Some(id) = id {
-                    return Ok((id, fd));
+                    return Ok(Some((id, fd)));
                 }
             }
             Ok(Heard::Event(ClientEvent::Region, Passed::Lost)) => return Err(no_room()),
@@ -141,12 +160,7 @@ fn welcome(socket: &Fd, hearing: &mut Hearing, until: Instant) -> Result<(u16, F
                 // An interrupted wait only means to look again.
                 let _ = poll::poll(&mut [PollFd::new(socket, poll::IN)], Some(left));
             }
-            Ok(Heard::End) => {
-                return Err(Unusable::device(
-                    "no ivshmem server, or one that takes no more clients: it ended the \
-                     connection before it sent a region",
-                ))
-            }
+            Ok(Heard::End) => return Ok(None),
             Err(what) => return Err(Unusable::device(what)),
         }
     }

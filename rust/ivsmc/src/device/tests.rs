@@ -242,8 +242,16 @@ fn local_without_a_place_names_it() {
 
 /// Serves one client at `path` with `serve`.
 fn serve(path: &Path, serve: impl FnOnce(UnixStream) + Send + 'static) -> thread::JoinHandle<()> {
+    listen(path, |listener| serve(listener.accept().unwrap().0))
+}
+
+/// Serves those that connect to `path` with `serve`.
+fn listen(
+    path: &Path,
+    serve: impl FnOnce(&UnixListener) + Send + 'static,
+) -> thread::JoinHandle<()> {
     let listener = UnixListener::bind(path).unwrap();
-    thread::spawn(move || serve(listener.accept().unwrap().0))
+    thread::spawn(move || serve(&listener))
 }
 
 /// Sends all of `bytes`, waiting for room; nothing to a client that has left.
@@ -302,6 +310,23 @@ fn a_client_of_any_ivshmem_server_attaches() {
 }
 
 #[test]
+fn who_is_turned_away_without_a_word_comes_once_more() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 1 << 20);
+    let socket = scratch.path().join("ivs.sock");
+    let region = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let server = listen(&socket, move |listener| {
+        // Killed just when it had accepted; then it is back.
+        drop(listener.accept().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        welcome(&stream, &region, &[]);
+        assert_eq!(std::io::Read::read(&mut stream, &mut [0]).unwrap(), 0);
+    });
+    drop(Attachment::open(&spec(Kind::Host, &socket)).unwrap());
+    server.join().unwrap();
+}
+
+#[test]
 fn the_background_thread_hears_the_ivshmem_server() {
     let scratch = Scratch::new();
     let path = scratch.file("region", 1 << 20);
@@ -348,7 +373,9 @@ fn what_is_no_ivshmem_server_is_refused_in_words() {
         stream.write_all(b"HTTP/1.1 400 Bad Request\r\n").unwrap();
     });
     said("http", "not an ivshmem server: the first message is");
-    let closing = serving("closing", drop);
+    let closing = listen(&scratch.path().join("closing"), |listener| {
+        (0..2).for_each(|_| drop(listener.accept().unwrap()));
+    });
     said("closing", "ended the connection");
     let version = serving("version", |mut stream| stream.write_all(&7i64.to_le_bytes()).unwrap());
     said("version", "the first message is 7, not protocol version 0");
