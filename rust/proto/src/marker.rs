@@ -16,6 +16,7 @@
 //! nothing.
 
 use core::num::NonZeroU64;
+use core::sync::atomic::Ordering;
 
 use crate::failpoint::reached;
 use crate::layout::PAGE;
@@ -31,6 +32,12 @@ const _: () = assert!(IDS + 8 <= PAGE);
 
 /// Ids there are: 0..=65535.
 const IDS_THERE_ARE: u32 = 1 << 16;
+
+/// Whether the region in `memory` says that an ivshmem server is there that marks leavers, as far as
+/// can be told before anything in it has been looked at.
+pub fn is_there(memory: &impl Memory) -> bool {
+    memory.load(INSTANCE, Ordering::Acquire) != 0
+}
 
 impl<M: Memory> Region<M> {
     /// The ivshmem server that said it marks leavers and has not taken it back.

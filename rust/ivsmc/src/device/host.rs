@@ -11,7 +11,8 @@
 //!
 //! The vectors this client is notified on come last in the welcome, in messages of their own, and
 //! nothing says how many they are. As a process says in the region on which vector it is to be
-//! notified, they are waited for, shortly: an ivshmem server may have none to give.
+//! notified, they are waited for, shortly: an ivshmem server may have none to give. One that marks
+//! leavers has at least one, and as many for each; if it was killed meanwhile, they come all the same.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -24,6 +25,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ivsmc_proto::ivshmem::{ClientEvent, ClientProtocol, MESSAGE_LENGTH};
+use ivsmc_proto::marker;
 use ivsmc_shm::fd::Fd;
 use ivsmc_shm::net::{self, Passed};
 use ivsmc_shm::poll::{self, EventFd, PollFd};
@@ -79,7 +81,6 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
              it sent a region",
         ));
     };
-    hearing.await_own_vectors(&socket, until);
     let (fd, lockable) = match reopen(&region) {
         Ok(fd) => (fd, true),
         Err(_) => (region, false),
@@ -92,6 +93,7 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
     let file_system = super::file_system(&fd)?;
     super::judge_file_system(&file_system)?;
     let (mapping, whole) = super::map(fd, &status, &file_system)?;
+    hearing.await_own_vectors(&socket, until, marker::is_there(&*mapping));
     let link = Link {
         socket,
         id,
@@ -354,8 +356,8 @@ impl Hearing {
     }
 
     /// Waits for what is left of the welcome, but not longer than `until`: the vectors of others, and
-    /// the own ones.
-    fn await_own_vectors(&mut self, socket: &Fd, until: Instant) {
+    /// the own ones, of which each client has as many if the ivshmem server `is_marking` leavers.
+    fn await_own_vectors(&mut self, socket: &Fd, until: Instant, is_marking: bool) {
         let mut heard = 0;
         let mut since = Instant::now();
         loop {
@@ -377,7 +379,9 @@ impl Hearing {
                 heard = others + usize::from(self.own_vectors);
                 since = Instant::now();
             }
-            let left = (since + patience).min(until).saturating_duration_since(Instant::now());
+            let is_sure = is_marking && most.max(1) > usize::from(self.own_vectors);
+            let end = if is_sure { until } else { (since + patience).min(until) };
+            let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }

@@ -2,7 +2,8 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::num::NonZeroU64;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ivsmc_proto::ivshmem::{self, Descriptor};
+use ivsmc_proto::region::Region;
 use ivsmc_proto::slot::{Prover, SlotState};
+use ivsmc_shm::fd::Fd;
 use ivsmc_shm::{file as files, net, poll};
 
 use super::*;
@@ -323,6 +326,40 @@ fn who_is_turned_away_without_a_word_comes_once_more() {
         assert_eq!(std::io::Read::read(&mut stream, &mut [0]).unwrap(), 0);
     });
     drop(Attachment::open(&spec(Kind::Host, &socket)).unwrap());
+    server.join().unwrap();
+}
+
+#[test]
+fn vectors_of_an_ivshmem_server_that_marks_leavers_are_waited_for() {
+    let scratch = Scratch::new();
+    let path = scratch.file("region", 1 << 20);
+    let socket = scratch.path().join("ivs.sock");
+    let region = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let marked = Mapping::map(Fd::from(OwnedFd::from(region.try_clone().unwrap())), 1 << 20);
+    Region::attach(marked.unwrap(), 7).unwrap().set_marking_server(NonZeroU64::MIN);
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let server = serve(&socket, move |stream| {
+        let eventfd = poll::EventFd::new().unwrap();
+        for message in ivshmem::welcome(5, 2, [(3, 2)]) {
+            let fd = match message.descriptor {
+                Descriptor::None => None,
+                Descriptor::Region => Some(region.as_fd()),
+                Descriptor::Vector { peer: 5, .. } => {
+                    // Killed; it goes on after longer than others are waited for.
+                    thread::sleep(Duration::from_millis(400));
+                    Some(eventfd.as_fd())
+                }
+                Descriptor::Vector { .. } => Some(eventfd.as_fd()),
+            };
+            send(&stream, &message.to_bytes(), fd);
+        }
+        ended.recv().unwrap_err();
+    });
+    let opened = host::open_within(&socket, Duration::from_secs(600)).unwrap();
+    let Backing::Host(link) = &opened.backing else { panic!("not a client") };
+    // The second one, which is for sessions.
+    assert_eq!(link.own().map(|(vector, _)| vector), Some(1));
+    drop(end);
     server.join().unwrap();
 }
 
