@@ -269,7 +269,9 @@ class Server:
 
     It listens from its construction on. ``size`` is the region's in bytes, ``vectors`` the
     interrupts of each peer, ``file`` the file that holds the region (None: anonymous memory),
-    ``mode`` and ``group`` (a number) of the socket decide who may join.
+    ``mode`` and ``group`` (a number) of the socket decide who may join. With ``state``, whoever is
+    at ``$NOTIFY_SOCKET`` keeps what the next one needs to go on with the same clients (systemd's
+    descriptor store, or ``ivsmc server --state``).
     """
 
     def __new__(
@@ -281,6 +283,7 @@ class Server:
         file: str | None = None,
         mode: int = 0o600,
         group: int | None = None,
+        state: bool = False,
     ) -> Server: ...
     def serve(self, poll: float, /, log: Callable[[str], object] | None = None) -> None:
         """Serve clients for at most ``poll`` seconds, running signal handlers; then return.
@@ -289,8 +292,11 @@ class Server:
         """
     def status(self) -> dict[str, Any]:
         """Return path, region, size, vectors, the clients and how many came and went."""
-    def close(self) -> None:
-        """Stop: drop the clients and remove the socket. Idempotent."""
+    def close(self, *, keep: bool = False) -> None:
+        """Stop: drop the clients and remove the socket. Idempotent.
+
+        If ``keep`` and somebody keeps its state, leave both to the next one instead.
+        """
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
 

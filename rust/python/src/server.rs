@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ivsmc::server::{self, Backing, ServerOptions};
+use ivsmc::server::{self, Backing, Holder, ServerOptions};
+use ivsmc::Error;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
@@ -26,7 +27,10 @@ impl Server {
 #[pymethods]
 impl Server {
     #[new]
-    #[pyo3(signature = (path, *, size, vectors, file = None, mode = 0o600, group = None))]
+    #[allow(clippy::too_many_arguments, reason = "a keyword API")]
+    #[pyo3(
+        signature = (path, *, size, vectors, file = None, mode = 0o600, group = None, state = false)
+    )]
     fn new(
         py: Python<'_>,
         path: PathBuf,
@@ -35,14 +39,19 @@ impl Server {
         file: Option<PathBuf>,
         mode: u32,
         group: Option<u32>,
+        state: bool,
     ) -> PyResult<Self> {
         let backing = match file {
             None => Backing::Memfd { size },
             Some(path) => Backing::File { path, size: Some(size) },
         };
         let options = ServerOptions { mode, group, backing, vectors, ..ServerOptions::new(path) };
-        let server = detach(py, || server::Server::new(options))
-            .map_err(|error| errors::to_python(py, error))?;
+        let server = detach(py, || match state.then(Holder::from_environment).transpose()? {
+            None => server::Server::new(options),
+            Some(Some(holder)) => server::Server::held_by(options, holder),
+            Some(None) => Err(Error::ApiMisuse("nobody keeps its state: no NOTIFY_SOCKET".into())),
+        })
+        .map_err(|error| errors::to_python(py, error))?;
         Ok(Self { open: Open::new(server) })
     }
 
@@ -83,8 +92,16 @@ impl Server {
     }
 
     /// Stop: drop the clients and remove the socket. Idempotent.
-    fn close(&self, py: Python<'_>) {
-        self.open.close(py, |server| server.handle().stop());
+    ///
+    /// If ``keep`` and somebody keeps its state, leave both to the next one instead.
+    #[pyo3(signature = (*, keep = false))]
+    fn close(&self, py: Python<'_>, keep: bool) {
+        self.open.close(py, |server| {
+            server.handle().stop();
+            if keep {
+                server.leave_to_holder();
+            }
+        });
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -93,6 +110,6 @@ impl Server {
 
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) {
-        self.close(py);
+        self.close(py, false);
     }
 }
