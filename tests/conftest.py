@@ -56,6 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("--processes", 200, "processes attached to one region at once"),
         ("--connects", 3000, "sessions connected and closed one after the other, per device"),
         ("--vm-ends", 2, "times a guest is reset or killed in mid-stream"),
+        ("--restarts", 12, "times an ivshmem server is killed under its clients"),
     ):
         parser.addoption(name, type=int, default=default, help=f"{text} (default: {default})")
 
