@@ -18,6 +18,8 @@ mod device;
 mod devices;
 mod error;
 mod fallback;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod handshake;
 mod host;
 mod listen;

@@ -31,6 +31,8 @@
 mod access;
 mod client;
 mod device;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod newcomer;
 mod options;
 mod region;

@@ -39,6 +39,11 @@ pub(super) fn open(path: &Path) -> Result<Opened, Unusable> {
 pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unusable> {
     let until = Instant::now() + patience;
     let socket = connect(path, until).map_err(|error| Unusable::device(refusal(&error)))?;
+    over(socket, until)
+}
+
+/// Asks the agent at the other end of `socket`.
+pub(super) fn over(socket: Fd, until: Instant) -> Result<Opened, Unusable> {
     let Given { welcome, device, doorbell, departures } = ask(&socket, until)?;
     let clone = |device: &Fd| device.try_clone().map_err(|error| no_descriptor(&error));
     function::judge_size(welcome.memory.size)?;

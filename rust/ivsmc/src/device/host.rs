@@ -71,10 +71,28 @@ pub(super) fn open_within(path: &Path, patience: Duration) -> Result<Opened, Unu
     };
     // An ivshmem server that was killed just when it accepted this client is back soon; one that takes
     // no more clients says the same twice.
-    let (socket, mut hearing, welcomed) = match join()? {
+    let (socket, hearing, welcomed) = match join()? {
         (.., None) => join()?,
         joined => joined,
     };
+    map(socket, hearing, welcomed, until)
+}
+
+/// What [`open`] makes of the ivshmem server at the other end of `socket`, without asking it twice.
+#[cfg(fuzzing)]
+pub(super) fn over(socket: Fd, until: Instant) -> Result<Opened, Unusable> {
+    let mut hearing = Hearing::default();
+    let welcomed = welcome(&socket, &mut hearing, until)?;
+    map(socket, hearing, welcomed, until)
+}
+
+/// Maps the region that came with the own id; `None` if the connection ended before.
+fn map(
+    socket: Fd,
+    mut hearing: Hearing,
+    welcomed: Option<(u16, Fd)>,
+    until: Instant,
+) -> Result<Opened, Unusable> {
     let Some((id, region)) = welcomed else {
         return Err(Unusable::device(
             "no ivshmem server, or one that takes no more clients: it ended the connection before \

@@ -9,6 +9,8 @@ mod agent;
 mod doorbell;
 mod file;
 mod function;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 #[cfg(test)]
 pub(crate) mod guest;
 mod host;
