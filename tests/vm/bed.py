@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vm import guest, tasks
 from vm.guest import DOORBELL, PLAIN, Guest, Kernel
-from vm.machine import Machine, namespace
+from vm.machine import Job, Machine, namespace
 
 REGION_BYTES = 64 * 1024 * 1024
 SHM = Path("/dev/shm")
@@ -25,6 +25,8 @@ class Bed:
     kernel: Kernel
     server: Path
     """Socket of the ivshmem server."""
+    serving: Job
+    """The ivshmem server itself."""
     memory: Path
     """File of the region that the guests have as ivshmem-plain."""
 
@@ -38,6 +40,11 @@ class Bed:
         if isinstance(machine, Guest):
             return f"vfio:{DOORBELL}" if kind == "doorbell" else f"pci:{PLAIN}"
         return f"host:{self.server}" if kind == "doorbell" else f"file:{self.memory}"
+
+    def kill_server(self) -> None:
+        """Kill the ivshmem server, and wait until the next one serves."""
+        self.serving.send("kill")
+        assert "listening" in self.serving.receive()
 
     def boot(self, machine: Guest) -> None:
         """Start a guest; its ``set_up`` waits until it is there."""
@@ -56,8 +63,9 @@ def test_bed(kernel: Kernel) -> Iterator[Bed]:
         memory = directory / "plain"
         with memory.open("xb") as file:
             file.truncate(REGION_BYTES)
-        server = cleanup.enter_context(_server(host, directory))
-        bed = Bed(host, guests, kernel, server, memory)
+        server = directory / "ivs.sock"
+        serving = cleanup.enter_context(_server(host, server))
+        bed = Bed(host, guests, kernel, server, serving, memory)
         for each in guests:
             cleanup.callback(each.close)
             bed.boot(each)
@@ -67,12 +75,12 @@ def test_bed(kernel: Kernel) -> Iterator[Bed]:
 
 
 @contextlib.contextmanager
-def _server(host: Machine, directory: Path) -> Iterator[Path]:
-    """``ivsmc server`` in the host; its socket."""
-    path = directory / "ivs.sock"
+def _server(host: Machine, path: Path) -> Iterator[Job]:
+    """``ivsmc server --state`` in the host, at ``path``."""
     command = [sys.executable, "-m", "ivsmc", "server", str(path), "--size", str(REGION_BYTES)]
-    command += ["--vectors", str(guest.VECTORS)]
+    command += ["--vectors", str(guest.VECTORS), "--state"]
     with host.running(tasks.run_server, command) as server:
         assert "listening" in server.receive()
-        yield path
+        yield server
         server.send("stop")
+        assert server.receive() == 0

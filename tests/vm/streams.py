@@ -91,17 +91,20 @@ class Flow:
 
 
 def serve_flows(here: Here, device: str, count: int) -> list[Flow]:
-    """Accept ``count`` sessions; stream both ways with all of them at once, until told."""
+    """Accept ``count`` sessions; stream both ways with each from its beginning until told."""
     with contextlib.ExitStack() as held:
         listener = held.enter_context(ivsmc.create_server(ANYWHERE, device=device, require="smc"))
         here.send(listener.getsockname()[1])
-        sessions = [held.enter_context(listener.accept()[0]) for _ in range(count)]
         told = threading.Event()
-        with ThreadPoolExecutor(count) as pool:
-            flows = [pool.submit(_flow, session, SEEDS, told) for session in sessions]
-            here.receive()
-            told.set()
-            return [flow.result() for flow in flows]
+        pool = held.enter_context(ThreadPoolExecutor(count))
+        held.callback(told.set)
+        flows = []
+        for _ in range(count):
+            session = held.enter_context(listener.accept()[0])
+            flows.append(pool.submit(_flow, session, SEEDS, told))
+        here.receive()
+        told.set()
+        return [flow.result() for flow in flows]
 
 
 def connect_flow(here: Here, device: str, address: tuple[str, int]) -> Flow:

@@ -1,14 +1,22 @@
 """What the machines of the test bed do: the host around the guests, and the guests."""
 
+import contextlib
+import os
+import queue
+import signal
 import subprocess
 import threading
 from pathlib import Path
+from typing import IO
 
 import ivsmc.__main__
 from processes import Here
+from told import client
 
 BRIDGE = "ivsmc-test"
 HOST_ADDRESS = "10.77.0.254"
+PATIENCE = 300
+"""Seconds of silence after which an ivshmem server is given up."""
 
 
 def guest_address(number: int) -> str:
@@ -61,14 +69,38 @@ def ivsmc_here(*arguments: str) -> None:
 
 
 def run_server(here: Here, command: list[str]) -> int:
-    """Run an ivshmem server until told to stop; send its first line, return its status."""
+    """Run an ivshmem server until told to stop; send its first line, return its status.
+
+    Told to kill, it kills the process that serves, and sends the first line of the next one.
+    """
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         here.send(server.stderr.readline())
         # It says who comes and goes: read on, or it would wait for room in the pipe.
-        reader = threading.Thread(target=server.stderr.read)
+        said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        reader = threading.Thread(target=_read, args=(server.stderr, said))
         reader.start()
-        here.receive()
+        while here.receive() == "kill":
+            children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+            os.kill(int(children), signal.SIGKILL)
+            while "listening" not in (line := said.get()):
+                assert line, "the ivshmem server has ended"
+            here.send(line)
         server.terminate()
         reader.join()
     return server.returncode
+
+
+def _read(stream: IO[str], said: "queue.SimpleQueue[str]") -> None:
+    for line in stream:
+        said.put(line)
+    said.put("")
+
+
+def hold_ids(here: Here, path: Path, count: int) -> None:
+    """Be ``count`` clients of an ivshmem server until told."""
+    with contextlib.ExitStack() as clients:
+        for _ in range(count):
+            clients.enter_context(client(path, PATIENCE))
+        here.send("there")
+        here.receive()
