@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import re
 import resource
 import select
 import selectors
@@ -21,7 +22,7 @@ from typing import cast
 import pytest
 
 import ivsmc
-from endpoints import LOOPBACK, Endpoint, receive_all, receive_exactly
+from endpoints import LOOPBACK, Endpoint, receive_all, receive_exactly, session_pair
 from ivsmc import _native
 from listening import question
 from processes import Here, running
@@ -53,7 +54,8 @@ class Holdings:
     def _by_kind(self) -> Counter[str]:
         kinds = Counter(threads=self.threads, mappings=self.mappings)
         for name, count in self.descriptors.items():
-            kinds[name.split("[")[0]] += count
+            # Which socket or pipe it is says its number, what an anonymous inode is its name.
+            kinds[re.sub(r":\[\d+\]", "", name)] += count
         return kinds
 
     @classmethod
@@ -134,6 +136,13 @@ def warm_up(session: ivsmc.Session) -> None:
     session.settimeout(None)
 
 
+def warm_up_alone(device: str) -> None:
+    """The same with a session of this process to itself."""
+    near, far = session_pair(device)
+    with near, far:
+        warm_up(near)
+
+
 def answer_all(here: Here, device: str, count: int) -> None:
     """Accept ``count`` sessions, and as often as told return on each what came in reverse.
 
@@ -164,6 +173,7 @@ def answer_all(here: Here, device: str, count: int) -> None:
 def weigh_when_asked(here: Here, device: str) -> None:
     """Echo on one session after the other; on one that asks, say what this process weighs."""
     with ivsmc.create_server(LOOPBACK, device=device, buffer=SMALL) as listener:
+        warm_up_alone(device)
         here.send(listener.getsockname())
         text = b""
         while text != b"stop":

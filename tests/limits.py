@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import ivsmc
-from crowd import PATIENCE, Holdings
+from crowd import PATIENCE, Holdings, warm_up_alone
 from endpoints import LOOPBACK, Endpoint, receive_all
 from processes import Here
 from random_stream import exchange
@@ -119,8 +119,10 @@ def accept_with_none(here: Here, device: str, seconds: float) -> float:
     Returns the CPU seconds that ``seconds`` of a client in the queue took.
     """
     with ivsmc.create_server(LOOPBACK, device=device) as listener:
+        warm_up_alone(device)
         here.send(listener.getsockname())
-        listener.accept()[0].close()
+        with listener.accept()[0] as first:
+            receive_all(first)
         before = Holdings.now()
         with descriptors_left(0):
             here.send("none left")

@@ -22,6 +22,7 @@ from crowd import (
     observer,
     waiting,
     warm_up,
+    warm_up_alone,
     weigh_when_asked,
 )
 from endpoints import LOOPBACK, receive_exactly
@@ -153,6 +154,7 @@ def test_what_connects_and_closes_leaves_nothing(
                 return Weight.now(), there
 
             # What is kept for the next session is there after these.
+            warm_up_alone(shared_device)
             connect(max(count // 5, 500))
             weights = weigh()
             connect(count)
